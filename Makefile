@@ -1,0 +1,38 @@
+# make demo | test | check | bench | clean: each sets up .venv by itself.
+
+PYTHON ?= python3
+BIN := .venv/bin
+OUT ?= out
+
+.PHONY: demo test test-slow check bench clean
+
+$(BIN)/.installed: pyproject.toml setup.py
+	$(PYTHON) -m venv .venv
+	$(BIN)/pip install --quiet torch==2.13.0
+	$(BIN)/pip install --quiet --editable '.[test]'
+	touch $@
+
+demo: $(BIN)/.installed
+	$(BIN)/twinstream generate --out $(OUT) --grid --seed 7 --steps 30 --guidance-scale 4 \
+	    "a photo of a red cat on a beach" "a photo of a blue car in the snow" \
+	    "a photo of a green teapot in a room" "a sketch of a purple duck by a river" \
+	    "pixel art of an orange house under the night sky" "a photo of a yellow dog in a meadow" \
+	    "a photo of a white boat on a beach" "a photo of a pink backpack in a forest"
+
+test: $(BIN)/.installed
+	$(BIN)/python -m pytest
+
+test-slow: $(BIN)/.installed
+	$(BIN)/python -m pytest -m slow
+
+check: $(BIN)/.installed
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/pyright
+
+bench: $(BIN)/.installed
+	$(BIN)/python -m benchmarks.run
+
+clean:
+	rm -rf .venv build dist *.egg-info $(OUT) .pytest_cache .ruff_cache .benchmarks
+	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,0 +1,1 @@
+"""Tinyworld: a small synthetic picture world, drawn by code, whose truth is known."""

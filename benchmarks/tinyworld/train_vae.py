@@ -1,0 +1,99 @@
+"""Train the tinyworld autoencoder: ``python -m benchmarks.tinyworld.train_vae --out RUNS --minutes 45``.
+
+Loss: squared and absolute error of the reconstruction, with a small KL term that keeps the latents compact.
+``--decoder-only`` goes on with the encoder frozen, so that latents, and a UNet trained on them, stay valid.
+"""
+
+import argparse
+import itertools
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from benchmarks.tinyworld.data import HELD_OUT_SEED, grid, pictures_at, to_images
+from benchmarks.tinyworld.training import EMA, Run
+from engine.config import VAEConfig
+from engine.vae import AutoencoderKL
+
+VAE_CONFIG: dict[str, Any] = {
+    "_class_name": "AutoencoderKL",
+    "in_channels": 3,
+    "out_channels": 3,
+    "latent_channels": 4,
+    "block_out_channels": [16, 32, 64, 96],
+    "layers_per_block": 1,
+    "norm_num_groups": 8,
+    "act_fn": "silu",
+    "sample_size": 128,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+_KL_WEIGHT = 1e-4
+_L1_WEIGHT = 0.2
+
+
+def psnr(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
+    """Mean over pictures of the PSNR in dB of decode(encode(x)), for a signal range of 2."""
+    with torch.inference_mode():
+        rows = [vae.decode(vae.encode(rows)).clamp(-1, 1) for rows in pictures.split(16)]
+    error = (torch.cat(rows) - pictures).square().mean(dim=(1, 2, 3))
+    return (10 * torch.log10(4 / error)).mean()
+
+
+def train(folder: Path, minutes: float, batch: int, peak_rate: float, decoder_only: bool) -> None:
+    torch.manual_seed(0)
+    vae = AutoencoderKL(VAEConfig.from_dict(VAE_CONFIG))
+    optimizer = torch.optim.AdamW(vae.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    ema = EMA(vae, 0.998)
+    run = Run(folder, "vae", minutes, {"model": vae, "optimizer": optimizer, "ema": ema})
+    if decoder_only:
+        vae.load_state_dict(ema.shadow)
+        vae.encoder.requires_grad_(False)
+        vae.quant_conv.requires_grad_(False)
+    held_out = pictures_at(range(96), HELD_OUT_SEED)
+    while not run.finished:
+        generator = torch.Generator().manual_seed(run.step)
+        pictures = pictures_at(range(run.samples, run.samples + batch))
+        for group in optimizer.param_groups:
+            group["lr"] = run.rate(peak_rate)
+        with torch.autocast("cpu", torch.bfloat16):
+            mean, std = vae.posterior(pictures)
+            noise = torch.randn(mean.shape, generator=generator)
+            decoded = vae.decode(mean + std * noise)
+        error = decoded.float() - pictures
+        kl = 0.5 * (mean.float().square() + std.float().square() - 1 - 2 * std.float().log()).mean()
+        loss = error.square().mean() + _L1_WEIGHT * error.abs().mean() + _KL_WEIGHT * kl
+        loss.backward()
+        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
+        optimizer.step()
+        optimizer.zero_grad(set_to_none=True)
+        ema.update(vae)
+        if run.advance(batch):
+            with ema.applied(vae):
+                run.log(loss=loss.detach(), kl=kl.detach(), std=mean.float().std(), psnr_db=psnr(vae, held_out))
+                _sheet(vae, held_out[:24], folder / "vae.png")
+
+
+def _sheet(vae: AutoencoderKL, pictures: Tensor, path: Path) -> None:
+    """Originals beside their reconstructions."""
+    with torch.inference_mode():
+        decoded = vae.decode(vae.encode(pictures))
+    pairs = itertools.chain.from_iterable(zip(to_images(pictures), to_images(decoded), strict=True))
+    grid(list(pairs), columns=8).save(path)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, log and sample sheet")
+    parser.add_argument("--minutes", type=float, default=45.0, help="length of the whole run, earlier parts included")
+    parser.add_argument("--batch", type=int, default=8)
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
+    parser.add_argument("--decoder-only", action="store_true")
+    arguments = parser.parse_args()
+    train(arguments.out, arguments.minutes, arguments.batch, arguments.rate, arguments.decoder_only)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The command line: ``twinstream generate | info``."""
+
+from __future__ import annotations
+
+import argparse
+import math
+import platform
+import sys
+from dataclasses import fields
+from importlib import metadata
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+from .version import __version__
+
+if TYPE_CHECKING:
+    from .engine import Engine
+    from .result import Result
+
+_PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pillow")
+
+
+def main(argv: list[str] | None = None) -> int:
+    """Run one command; returns the exit status."""
+    arguments = _parser().parse_args(argv)
+    try:
+        return arguments.run(arguments)
+    except (ValueError, RuntimeError, OSError) as error:
+        print(f"twinstream: {error}", file=sys.stderr)
+        return 1
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = argparse.ArgumentParser(prog="twinstream", description="Draw pictures with Stable Diffusion v1.5 models.")
+    parser.add_argument("--version", action="version", version=__version__)
+    commands = parser.add_subparsers(required=True, metavar="command")
+    model = argparse.ArgumentParser(add_help=False)
+    model.add_argument("--model", help="diffusers folder, .safetensors file or hub id (default: the embedded model)")
+    model.add_argument("--config", help="for a .safetensors file: a diffusers folder with its configs and tokenizer")
+    model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
+    model.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float16 on a GPU, float32 on a CPU)")
+    model.add_argument("--backend", default="auto", help="auto or torch (default: auto)")
+
+    generate = commands.add_parser("generate", parents=[model], help="draw pictures from prompts")
+    generate.add_argument("prompts", nargs="+", metavar="prompt")
+    generate.add_argument("--negative-prompt", default="", metavar="TEXT")
+    generate.add_argument("--steps", type=int, default=50)
+    generate.add_argument("--guidance-scale", type=float, default=8.0, metavar="S")
+    generate.add_argument("--sampler", default="ddim", help="ddim, euler, euler_ancestral, dpmpp_2m, ...")
+    generate.add_argument("--eta", type=float, default=0.0, help="ddim's share of fresh noise")
+    generate.add_argument("--size", type=_size, metavar="WxH", help="for example 512x768")
+    generate.add_argument("--seed", type=int, nargs="+", help="one, counted up over the images, or one per image")
+    generate.add_argument("--count", type=int, default=1, help="images per prompt")
+    generate.add_argument("--image", type=Path, help="picture to start from")
+    generate.add_argument("--strength", type=float, default=0.8, help="share of the schedule that redraws --image")
+    generate.add_argument("--vae-tiling", action="store_true", help="decode large pictures tile by tile")
+    generate.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)")
+    generate.add_argument("--grid", action="store_true", help="also write all pictures as one sheet, grid.png")
+    generate.add_argument("--quiet", action="store_true", help="no progress bar")
+    generate.set_defaults(run=_generate)
+
+    info = commands.add_parser("info", parents=[model], help="show device, versions and what each op runs on")
+    info.set_defaults(run=_info)
+    return parser
+
+
+def _size(text: str) -> tuple[int, int]:
+    width, _, height = text.partition("x")
+    if not (width.isdecimal() and height.isdecimal()):
+        raise argparse.ArgumentTypeError(f"size must be WIDTHxHEIGHT in pixels, got {text!r}")
+    return int(width), int(height)
+
+
+def _load(arguments: argparse.Namespace) -> Engine:
+    import engine
+
+    return engine.load(
+        arguments.model,
+        device=arguments.device,
+        dtype=arguments.dtype,
+        backend=arguments.backend,
+        config=arguments.config,
+    )
+
+
+def _generate(arguments: argparse.Namespace) -> int:
+    from PIL import Image
+
+    image = None if arguments.image is None else Image.open(arguments.image)
+    seed = arguments.seed[0] if arguments.seed is not None and len(arguments.seed) == 1 else arguments.seed
+    width, height = arguments.size or (None, None)
+    out = _load(arguments).generate(
+        arguments.prompts,
+        negative_prompt=arguments.negative_prompt,
+        steps=arguments.steps,
+        guidance_scale=arguments.guidance_scale,
+        sampler=arguments.sampler,
+        eta=arguments.eta,
+        height=height,
+        width=width,
+        seed=seed,
+        images_per_prompt=arguments.count,
+        image=image,
+        strength=arguments.strength,
+        vae_tiling=arguments.vae_tiling,
+        progress=not arguments.quiet,
+    )
+    for path, prompt in zip(out.save(arguments.out), out.settings["prompts"], strict=True):
+        print(f"{path}  {prompt}")
+    if arguments.grid:
+        print(_save_grid(out, arguments.out / "grid.png"))
+    print("  ".join(f"{stage} {seconds:.2f} s" for stage, seconds in out.timings.items()))
+    return 0
+
+
+def _save_grid(out: Result, path: Path) -> Path:
+    from PIL import Image
+
+    columns = math.ceil(math.sqrt(len(out.images)))
+    width, height = out.images[0].size
+    rows = math.ceil(len(out.images) / columns)
+    sheet = Image.new("RGB", (columns * width, rows * height), "white")
+    for i, picture in enumerate(out.images):
+        sheet.paste(picture, (i % columns * width, i // columns * height))
+    sheet.save(path)
+    return path
+
+
+def _info(arguments: argparse.Namespace) -> int:
+    import torch
+
+    rows = [("twinstream", __version__), ("python", platform.python_version())]
+    rows += [(name, _version(name)) for name in _PACKAGES]
+    gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
+    rows += [("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")]
+    rows += [("gpu", ", ".join(gpus) or "none that torch can use")]
+    sd = _load(arguments)
+    sizes = {"unet": sd.unet, "vae": sd.vae, "text encoder": sd.text_encoder.model}
+    rows += [("model", sd.name), ("device, dtype", f"{sd.device}, {str(sd.dtype).removeprefix('torch.')}")]
+    rows += [(part, f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M parameters") for part, m in sizes.items()]
+    for op in fields(sd.backend):
+        if op.name != "name":
+            function = getattr(sd.backend, op.name)
+            rows.append((op.name, f"{sd.backend.name}: {function.__module__.rpartition('.')[2]}.{function.__name__}"))
+    for name, value in rows:
+        print(f"{name:<18}{value}")
+    return 0
+
+
+def _version(package: str) -> str:
+    try:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
+        return "not installed"
+
+
+if __name__ == "__main__":
+    sys.exit(main())

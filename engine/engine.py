@@ -1,0 +1,278 @@
+"""The Engine: a loaded model, and ``generate``, the map of the program."""
+
+from __future__ import annotations
+
+import difflib
+import time
+import warnings
+from collections.abc import Sequence
+from contextlib import contextmanager
+from typing import Any
+
+import numpy as np
+import torch
+from PIL import Image
+from torch import Tensor
+from tqdm import tqdm
+
+from .config import ScheduleConfig
+from .denoise import denoise
+from .errors import NonFiniteError
+from .ops import Ops
+from .request import Callback, ModelLimits, Picture, Request, make_request
+from .result import Result
+from .samplers import SamplerTable, make_table
+from .text import TextEncoder
+from .unet import UNet2DConditionModel
+from .vae import AutoencoderKL
+
+
+class UnknownArgumentError(ValueError, TypeError):
+    """A keyword that ``generate`` does not have."""
+
+
+class Engine:
+    """A model ready to draw. It holds weights and nothing of any request, so threads may share it.
+
+    Attributes:
+        unet, vae: our models; call them with tensors on ``device``.
+        text_encoder: tokenizer and CLIP text transformer.
+        device, dtype: where the weights are, and their type.
+        name: what the model was loaded from.
+    """
+
+    def __init__(
+        self,
+        name: str,
+        unet: UNet2DConditionModel,
+        vae: AutoencoderKL,
+        text_encoder: TextEncoder,
+        schedule: ScheduleConfig,
+        backend: Ops,
+    ) -> None:
+        self.name, self.unet, self.vae, self.text_encoder = name, unet, vae, text_encoder
+        self.schedule, self.backend = schedule, backend
+        self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
+        self._limits = ModelLimits(
+            factor=vae.config.factor,
+            sample_size=unet.config.sample_size,
+            latent_channels=unet.config.in_channels,
+            num_train_timesteps=schedule.num_train_timesteps,
+        )
+
+    @torch.no_grad()
+    def generate(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        negative_prompt: str | Sequence[str] = "",
+        steps: int = 50,
+        guidance_scale: float = 8.0,
+        sampler: str = "ddim",
+        eta: float = 0.0,
+        height: int | None = None,
+        width: int | None = None,
+        seed: int | Sequence[int] | None = None,
+        images_per_prompt: int = 1,
+        image: Picture | Sequence[Picture] | None = None,
+        strength: float = 0.8,
+        latents: Tensor | None = None,
+        customization: Any = None,
+        output: str = "pil",
+        callback: Callback | None = None,
+        progress: bool = True,
+        vae_slicing: bool = False,
+        vae_tiling: bool = False,
+        **unknown: Any,
+    ) -> Result:
+        """Draw pictures.
+
+        Args:
+            prompt: text or list of texts, in which ``(word:1.2)`` weights a word as in A1111.
+            negative_prompt: what to keep away from; one text, or one per prompt.
+            steps: sampling steps of the whole schedule.
+            guidance_scale: classifier-free guidance; 1 turns it off, and its UNet rows with it.
+            sampler: a key of ``engine.SAMPLERS``.
+            eta: DDIM's share of fresh noise, 0 to 1.
+            height, width: in pixels, multiples of the VAE's factor (8); the model's own size where not given.
+            seed: one integer, counted up over the images, or one per image; drawn and reported where not given. A
+                seed is float32 noise of ``torch.Generator("cpu")``, so a picture depends neither on its batch nor on
+                the device, beyond rounding.
+            images_per_prompt: images in a row for each prompt.
+            image: picture(s) to start from, PIL or (H, W, 3) arrays.
+            strength: share of the schedule that redraws ``image``; above 0, at most 1.
+            latents: unit-variance start noise (B, 4, h, w), in place of the seeds' own.
+            customization: reserved for ``Infusion`` and ``DCI``.
+            output: "pil", "numpy" or "latent".
+            callback: ``callback(step, total, latents)`` after every step, counted from 0; returning False cancels, and
+                the result then has no images.
+            progress: show a progress bar.
+            vae_slicing, vae_tiling: decode image by image, or tile by tile; see ``AutoencoderKL.decode``.
+
+        Raises:
+            ValueError: an argument cannot be honoured; the message gives the rule and the value.
+            NonFiniteError: the UNet or the VAE produced NaN or infinity.
+        """
+        if unknown:
+            raise UnknownArgumentError(_unknown_keyword(next(iter(unknown))))
+        request = make_request(
+            self._limits,
+            prompt=prompt,
+            negative_prompt=negative_prompt,
+            steps=steps,
+            guidance_scale=guidance_scale,
+            sampler=sampler,
+            eta=eta,
+            height=height,
+            width=width,
+            seed=seed,
+            images_per_prompt=images_per_prompt,
+            image=image,
+            strength=strength,
+            latents=latents,
+            customization=customization,
+            output=output,
+            callback=callback,
+            progress=progress,
+            vae_slicing=vae_slicing,
+            vae_tiling=vae_tiling,
+        )
+        table = make_table(request.sampler, self.schedule, request.steps, request.eta, request.begin).to(self.device)
+        clock = _StageClock(self.device)
+        with clock("text"):
+            context = self._context(request)
+        with clock("encode"):
+            x, noise = self._start(request, table)
+        with clock("denoise"), tqdm(total=len(table), disable=not request.progress, unit="step") as bar:
+            steps_taken = _Steps(request.callback, len(table), bar)
+            x, finite = denoise(self.unet, table, x, context, request.guidance_scale, noise, steps_taken)
+        _check_finite(finite, table)
+        with clock("decode"):
+            images = [] if steps_taken.cancelled else self._pictures(request, x)
+        return Result(
+            images=images,
+            latents=x,
+            seeds=list(request.seeds),
+            settings=self._settings(request),
+            timings=clock.seconds(),
+            cancelled=steps_taken.cancelled,
+        )
+
+    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+        """Encode prompts to (B, 77, E), with their token weights applied."""
+        return self.text_encoder.encode(prompts)
+
+    def _context(self, request: Request) -> Tensor:
+        """Encoded text of every UNet row, unconditional rows first; each distinct text is encoded once."""
+        guided = request.guidance_scale != 1
+        texts = (*request.negative_prompts, *request.prompts) if guided else request.prompts
+        distinct = list(dict.fromkeys(texts))
+        encoded = self.text_encoder.encode(distinct)
+        return encoded[torch.tensor([distinct.index(text) for text in texts], device=encoded.device)]
+
+    def _start(self, request: Request, table: SamplerTable) -> tuple[Tensor, list[Tensor]]:
+        """The first ``x``, and the noise of every step that draws some, in the order diffusers would draw it."""
+        shape = (self._limits.latent_channels, *(n // self._limits.factor for n in (request.height, request.width)))
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+
+        def draw() -> Tensor:
+            return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+
+        if request.image is not None:
+            mean, std = self.vae.posterior(request.image.to(self.device))
+            clean = (mean.float() + std.float() * draw()) * self.vae.config.scaling_factor
+            x = table.image_scale * clean + table.image_noise * draw()
+        else:
+            x = table.start_noise * (draw() if request.latents is None else request.latents.to(self.device))
+        return x, [draw() for _ in range(table.noise_draws)]
+
+    def _pictures(self, request: Request, x: Tensor) -> Any:
+        if request.output == "latent":
+            return x
+        decoded = self._decode(x / self.vae.config.scaling_factor, request)
+        pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
+        if request.output == "numpy":
+            return pixels
+        return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in pixels]
+
+    def _decode(self, latents: Tensor, request: Request) -> Tensor:
+        """Decode; a float16 VAE that overflows is tried once more in float32."""
+        decoded = self.vae.decode(latents, request.vae_slicing, request.vae_tiling)
+        if torch.isfinite(decoded).all():
+            return decoded
+        if self.dtype == torch.float16:
+            warnings.warn("the VAE overflowed in float16; decoding again in float32", RuntimeWarning, stacklevel=4)
+            with torch.device("meta"):
+                exact = AutoencoderKL(self.vae.config, self.backend)
+            weights = {name: weight.float() for name, weight in self.vae.state_dict().items()}
+            exact.load_state_dict(weights, assign=True)
+            decoded = exact.decode(latents, request.vae_slicing, request.vae_tiling)
+        if not torch.isfinite(decoded).all():
+            raise NonFiniteError(f"the VAE decoder produced NaN or infinity in {self.dtype}; try dtype='float32'")
+        return decoded
+
+    def _settings(self, request: Request) -> dict[str, Any]:
+        return {
+            "prompts": list(request.prompts),
+            "negative_prompts": list(request.negative_prompts),
+            "seeds": list(request.seeds),
+            "steps": request.steps,
+            "guidance_scale": request.guidance_scale,
+            "sampler": request.sampler,
+            "eta": request.eta,
+            "height": request.height,
+            "width": request.width,
+            "strength": None if request.image is None else request.strength,
+            "given_latents": request.latents is not None,
+            "vae_slicing": request.vae_slicing,
+            "vae_tiling": request.vae_tiling,
+            "model": self.name,
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "backend": self.backend.name,
+        }
+
+
+class _Steps:
+    """Progress and cancellation after each step."""
+
+    def __init__(self, callback: Callback | None, total: int, bar: tqdm) -> None:
+        self.callback, self.total, self.bar = callback, total, bar
+        self.cancelled = False
+
+    def __call__(self, i: int, latents: Tensor) -> bool:
+        self.bar.update()
+        self.cancelled = self.callback is not None and self.callback(i, self.total, latents) is False
+        return not self.cancelled
+
+
+class _StageClock:
+    """Wall time per stage; on a GPU a stage ends when its work is done."""
+
+    def __init__(self, device: torch.device) -> None:
+        self.device, self.stages, self.start = device, {}, time.perf_counter()
+
+    @contextmanager
+    def __call__(self, stage: str):
+        start = time.perf_counter()
+        yield
+        if self.device.type == "cuda":
+            torch.cuda.synchronize(self.device)
+        self.stages[stage] = time.perf_counter() - start
+
+    def seconds(self) -> dict[str, float]:
+        return self.stages | {"total": time.perf_counter() - self.start}
+
+
+def _check_finite(finite: Tensor, table: SamplerTable) -> None:
+    if not finite.all():
+        i = int((~finite).nonzero()[0])
+        timestep = float(table.timesteps[i])
+        raise NonFiniteError(f"the UNet produced NaN or infinity at step {i} of {len(table)} (timestep {timestep:g})")
+
+
+def _unknown_keyword(name: str) -> str:
+    known = Engine.generate.__wrapped__.__kwdefaults__  # no_grad wraps the method
+    close = difflib.get_close_matches(name, known, n=1)
+    hint = f"; did you mean {close[0]!r}?" if close else f"; it has {', '.join(known)}"
+    return f"generate has no keyword {name!r}{hint}"

@@ -1,0 +1,9 @@
+"""Errors that callers may want to tell apart."""
+
+
+class CheckpointError(ValueError):
+    """Model files that cannot be loaded as they are; the message names the file, and what to do."""
+
+
+class NonFiniteError(RuntimeError):
+    """A model produced NaN or infinity; the message names the stage."""

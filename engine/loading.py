@@ -1,0 +1,121 @@
+"""Loading: from files to an Engine."""
+
+from __future__ import annotations
+
+import threading
+import warnings
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from .checkpoint import Checkpoint, open_checkpoint
+from .engine import Engine
+from .ops import TORCH, Ops
+from .request import check_choice
+from .result import Result
+from .text import TextEncoder
+from .unet import UNet2DConditionModel
+from .vae import AutoencoderKL
+from .weights import load_module
+
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+_BACKENDS: dict[str, Ops] = {"torch": TORCH}
+
+
+def load(
+    model: str | Path | None = None,
+    *,
+    device: str | torch.device | None = None,
+    dtype: str | torch.dtype | None = None,
+    backend: str = "auto",
+    config: str | Path | None = None,
+) -> Engine:
+    """Load a model.
+
+    Args:
+        model: a diffusers folder, a single ``.safetensors`` file in the original SD layout, a hub id, or None for the
+            embedded model.
+        device: "cuda" where there is one, else "cpu", unless given.
+        dtype: "float32", "bfloat16" or "float16"; unless given, float16 on a GPU and float32 on a CPU.
+        backend: "auto" or "torch".
+        config: for a single file, a diffusers folder whose configs and tokenizer to use; without it sizes are read
+            from the tensors' shapes and the rest is SD v1.5's.
+
+    Raises:
+        CheckpointError: files are missing, damaged or do not match their config.
+        ValueError: another argument cannot be honoured.
+    """
+    ops = TORCH if backend == "auto" else _BACKENDS[check_choice("backend", backend, ("auto", *_BACKENDS))]
+    where = _device(device)
+    kind = _dtype(dtype, where)
+    checkpoint = open_checkpoint(model, config, prefer_fp16=kind == torch.float16)
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(checkpoint.unet_config, ops)
+        vae = AutoencoderKL(checkpoint.vae_config, ops)
+    text_encoder = _load_text_encoder(checkpoint, where, kind)
+    if text_encoder.width != checkpoint.unet_config.cross_attention_dim:
+        width = checkpoint.unet_config.cross_attention_dim
+        raise ValueError(f"the text encoder's width must be the UNet's {width}, got {text_encoder.width}")
+    load_module(unet, checkpoint.unet, where, kind)
+    load_module(vae, checkpoint.vae, where, kind)
+    return Engine(checkpoint.name, unet, vae, text_encoder, checkpoint.schedule, ops)
+
+
+def _load_text_encoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> TextEncoder:
+    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+
+    with torch.device("meta"):
+        model = CLIPTextModel(CLIPTextConfig(**checkpoint.text_config))
+    load_module(model, checkpoint.text, device, dtype)
+    length = model.config.max_position_embeddings
+    for module in model.modules():
+        if "position_ids" in module._buffers:  # not a weight, so still on meta
+            module.position_ids = torch.arange(length, device=device)[None]
+    tokenizer = CLIPTokenizer.from_pretrained(checkpoint.tokenizer, local_files_only=True)
+    return TextEncoder(tokenizer, model)
+
+
+def _device(device: str | torch.device | None) -> torch.device:
+    if device is None:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+    try:
+        where = torch.device(device)
+    except (RuntimeError, TypeError) as error:
+        raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
+    if where.type == "cuda" and not torch.cuda.is_available():
+        raise RuntimeError(f"device {device!r} asked for, but torch {torch.__version__} sees no GPU; use device='cpu'")
+    return where
+
+
+def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:
+    if dtype is None:
+        return torch.float16 if device.type == "cuda" else torch.float32
+    name = str(dtype).removeprefix("torch.")
+    kind = _DTYPES[check_choice("dtype", name, tuple(_DTYPES))]
+    if kind == torch.float16 and device.type == "cpu":
+        warnings.warn("float16 is about 1000 times slower than bfloat16 on a CPU", RuntimeWarning, stacklevel=3)
+    return kind
+
+
+class _Embedded:
+    """The embedded model, loaded when first asked for."""
+
+    def __init__(self) -> None:
+        self.engine: Engine | None = None
+        self.lock = threading.Lock()
+
+    def get(self) -> Engine:
+        with self.lock:
+            if self.engine is None:
+                self.engine = load()
+            return self.engine
+
+
+_EMBEDDED = _Embedded()
+
+
+def generate(prompt: str | Sequence[str], **arguments: Any) -> Result:
+    """Draw with the embedded model, which is loaded once: ``Engine.generate``."""
+    return _EMBEDDED.get().generate(prompt, **arguments)

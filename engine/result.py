@@ -1,0 +1,106 @@
+"""What ``generate`` returns, and how it is saved."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from PIL.PngImagePlugin import PngInfo
+from torch import Tensor
+
+from .version import __version__
+
+_A1111_SAMPLERS = {
+    "ddim": "DDIM",
+    "euler": "Euler",
+    "euler_ancestral": "Euler a",
+    "dpmpp_2m": "DPM++ 2M",
+    "dpmpp_2m_karras": "DPM++ 2M Karras",
+    "unipc": "UniPC",
+    "lcm": "LCM",
+}
+
+
+@dataclass(frozen=True, slots=True)
+class Result:
+    """Pictures and how they were made.
+
+    Attributes:
+        images: list of PIL pictures; for output "numpy" an array (B, H, W, 3) float32 in [0, 1]; for "latent" the
+            latents. Empty if the request was cancelled.
+        latents: (B, 4, h, w) float32 final latents, scaled as the UNet sees them.
+        seeds: one per image.
+        settings: everything needed to draw the pictures again; JSON-serialisable.
+        timings: seconds per stage ("text", "encode", "denoise", "decode", "total").
+        foundation_images: the foundation pipeline's pictures, where a customisation has one.
+        cancelled: whether a callback ended the request early.
+    """
+
+    images: Any
+    latents: Tensor
+    seeds: list[int]
+    settings: dict[str, Any]
+    timings: dict[str, float]
+    foundation_images: list[Image.Image] | None = None
+    cancelled: bool = field(default=False)
+
+    def png_info(self, i: int) -> PngInfo:
+        """PNG text of image ``i``: A1111's ``parameters``, and everything as JSON under ``twinstream``."""
+        info = PngInfo()
+        info.add_itxt("parameters", self.parameters(i))
+        info.add_itxt("twinstream", json.dumps(self._image_settings(i), ensure_ascii=False))
+        return info
+
+    def parameters(self, i: int) -> str:
+        """The settings of image ``i`` as A1111 writes and reads them."""
+        settings = self._image_settings(i)
+        lines = [settings["prompt"]]
+        if settings["negative_prompt"]:
+            lines.append(f"Negative prompt: {settings['negative_prompt']}")
+        values = {
+            "Steps": settings["steps"],
+            "Sampler": _A1111_SAMPLERS[settings["sampler"]],
+            "CFG scale": f"{settings['guidance_scale']:g}",
+            "Seed": settings["seed"],
+            "Size": f"{settings['width']}x{settings['height']}",
+            "Model": settings["model"],
+        }
+        if settings["strength"] is not None:
+            values["Denoising strength"] = f"{settings['strength']:g}"
+        if settings["eta"]:
+            values["Eta DDIM"] = f"{settings['eta']:g}"
+        values["Version"] = f"twinstream {__version__}"
+        return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items())])
+
+    def save(self, folder: str | Path) -> list[Path]:
+        """Write the pictures as ``<number>-<seed>.png`` with their settings inside; nothing is overwritten.
+
+        Numbers go on from the highest in the folder, which is created if need be.
+        """
+        folder = Path(folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        taken = [int(path.name[:5]) for path in folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
+        first = max(taken, default=-1) + 1
+        paths = []
+        for i, (picture, seed) in enumerate(zip(self._pictures(), self.seeds, strict=False)):
+            path = folder / f"{first + i:05d}-{seed}.png"
+            with path.open("xb") as file:
+                picture.save(file, format="PNG", pnginfo=self.png_info(i))
+            paths.append(path)
+        return paths
+
+    def _pictures(self) -> list[Image.Image]:
+        if isinstance(self.images, Tensor):
+            raise ValueError("latents cannot be saved as pictures; generate with output='pil'")
+        if isinstance(self.images, np.ndarray):
+            return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in self.images]
+        return self.images
+
+    def _image_settings(self, i: int) -> dict[str, Any]:
+        per_image = {"prompt": "prompts", "negative_prompt": "negative_prompts", "seed": "seeds"}
+        shared = {name: value for name, value in self.settings.items() if name not in per_image.values()}
+        return {name: self.settings[many][i] for name, many in per_image.items()} | shared

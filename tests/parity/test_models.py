@@ -1,0 +1,52 @@
+"""UNet, VAE and text encoder against diffusers and transformers, on random small models of several shapes."""
+
+import pytest
+import torch
+
+import engine
+from engine.config import UNetConfig, VAEConfig
+from engine.unet import UNet2DConditionModel
+from engine.vae import AutoencoderKL
+from tests.pipelines import SHAPES, make_unet, make_vae, relative_error, save_pipeline
+
+_TOLERANCE = 2e-5
+
+
+@pytest.mark.parametrize("size", [(8, 8), (24, 16), (7, 9)], ids=str)
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_unet(shape: str, size: tuple[int, int]) -> None:
+    theirs = make_unet(shape)
+    ours = UNet2DConditionModel(UNetConfig.from_dict(theirs.config)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    sample, context = torch.randn(3, 4, *size), torch.randn(3, 77, 32)
+    timesteps = torch.tensor([0, 481, 999])
+    expected = theirs(sample, timesteps, context).sample
+    assert relative_error(ours(sample, timesteps, context), expected) <= _TOLERANCE
+    assert relative_error(ours(sample, 481, context)[1:2], expected[1:2]) <= _TOLERANCE
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_vae(shape: str) -> None:
+    theirs = make_vae(shape)
+    ours = AutoencoderKL(VAEConfig.from_dict(theirs.config)).eval()
+    ours.load_state_dict(theirs.state_dict())
+    images, latents = torch.rand(3, 3, 48, 32) * 2 - 1, torch.randn(3, 4, 5, 8)
+    posterior = theirs.encode(images).latent_dist
+    mean, std = ours.posterior(images)
+    assert relative_error(mean, posterior.mean) <= _TOLERANCE
+    assert relative_error(std, posterior.std) <= _TOLERANCE
+    assert relative_error(ours.encode(images), posterior.mean) <= _TOLERANCE
+    expected = theirs.decode(latents).sample
+    assert relative_error(ours.decode(latents), expected) <= _TOLERANCE
+    assert relative_error(ours.decode(latents, slicing=True), expected) <= _TOLERANCE
+
+
+def test_text(tmp_path) -> None:
+    pipeline = save_pipeline("narrow", tmp_path)
+    prompts = ["a photo of a red cat", "", "zebra " * 90]
+    expected = pipeline.encode_prompt(prompts, "cpu", 1, False)[0]
+    with pytest.warns(UserWarning, match="cut off"):
+        actual = engine.load(tmp_path).encode_prompt(prompts)
+    assert relative_error(actual, expected) <= _TOLERANCE

@@ -1,0 +1,127 @@
+"""Whole trajectories against diffusers' pipelines: same prompts, same seeds, same latents and pictures."""
+
+import diffusers
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+import engine
+from engine.samplers import SAMPLERS
+from tests.pipelines import SCHEDULER, SHAPES, relative_error, save_pipeline
+
+_SCHEDULERS = {
+    "ddim": diffusers.DDIMScheduler,
+    "euler": diffusers.EulerDiscreteScheduler,
+    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
+    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
+    "dpmpp_2m_karras": diffusers.DPMSolverMultistepScheduler,
+    "unipc": diffusers.UniPCMultistepScheduler,
+    "lcm": diffusers.LCMScheduler,
+}
+_TOLERANCE = 2e-4
+
+
+@pytest.fixture(scope="module")
+def both(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("pipeline")
+    return save_pipeline("narrow", folder), engine.load(folder)
+
+
+def _use(pipeline, sampler: str) -> None:
+    options = {"use_karras_sigmas": True} if sampler.endswith("karras") else {}
+    pipeline.scheduler = _SCHEDULERS[sampler].from_config({**SCHEDULER, **options})
+
+
+def _generators(seeds: list[int]) -> list[torch.Generator]:
+    return [torch.Generator().manual_seed(seed) for seed in seeds]
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+def test_every_sampler(both, sampler: str) -> None:
+    pipeline, sd = both
+    _use(pipeline, sampler)
+    prompts, negatives = ["a red cat", "a blue car on a beach", "a dog"], ["blurry", "", "dark"]
+    expected = pipeline(
+        prompts,
+        negative_prompt=negatives,
+        height=16,
+        width=24,
+        num_inference_steps=20,
+        guidance_scale=7.5,
+        generator=_generators([5, 6, 9]),
+        output_type="latent",
+    ).images
+    out = sd.generate(
+        prompts,
+        negative_prompt=negatives,
+        height=16,
+        width=24,
+        steps=20,
+        guidance_scale=7.5,
+        seed=[5, 6, 9],
+        sampler=sampler,
+        output="latent",
+        progress=False,
+    )
+    assert relative_error(out.latents, expected) <= _TOLERANCE
+
+
+@pytest.mark.parametrize("shape", SHAPES)
+def test_every_shape(tmp_path, shape: str) -> None:
+    pipeline = save_pipeline(shape, tmp_path)
+    expected = pipeline(
+        "a cat", num_inference_steps=20, guidance_scale=1.0, generator=_generators([3]), output_type="np"
+    ).images
+    out = engine.load(tmp_path).generate("a cat", steps=20, guidance_scale=1.0, seed=3, output="numpy", progress=False)
+    assert np.abs(out.images - expected).max() <= 1e-3
+    assert out.images.shape == expected.shape
+
+
+@pytest.mark.parametrize("eta", [0.5, 1.0])
+def test_eta(both, eta: float) -> None:
+    pipeline, sd = both
+    _use(pipeline, "ddim")
+    expected = pipeline(
+        ["a cat"] * 2, num_inference_steps=6, eta=eta, generator=_generators([1, 2]), output_type="latent"
+    ).images
+    out = sd.generate(
+        "a cat", images_per_prompt=2, steps=6, guidance_scale=7.5, eta=eta, seed=1, output="latent", progress=False
+    )
+    assert relative_error(out.latents, expected) <= _TOLERANCE
+
+
+@pytest.mark.parametrize("sampler", SAMPLERS)
+@pytest.mark.parametrize("strength", [0.35, 1.0])
+def test_image_to_image(both, sampler: str, strength: float) -> None:
+    pipeline, sd = both
+    _use(pipeline, sampler)
+    pixels = np.random.default_rng(0).integers(0, 256, (16, 24, 3), dtype=np.uint8)
+    image_pipeline = diffusers.StableDiffusionImg2ImgPipeline(
+        **{name: getattr(pipeline, name) for name in ("vae", "text_encoder", "tokenizer", "unet", "scheduler")},
+        safety_checker=None,
+        feature_extractor=None,
+        requires_safety_checker=False,
+    )
+    image_pipeline.set_progress_bar_config(disable=True)
+    expected = image_pipeline(
+        ["a red cat", "a dog"],
+        image=[Image.fromarray(pixels)] * 2,
+        strength=strength,
+        num_inference_steps=10,
+        guidance_scale=5.0,
+        generator=_generators([3, 4]),
+        output_type="latent",
+    ).images
+    out = sd.generate(
+        ["a red cat", "a dog"],
+        image=Image.fromarray(pixels),
+        strength=strength,
+        steps=10,
+        guidance_scale=5.0,
+        seed=3,
+        sampler=sampler,
+        output="latent",
+        progress=False,
+    )
+    assert relative_error(out.latents, expected) <= _TOLERANCE

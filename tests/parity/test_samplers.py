@@ -1,0 +1,139 @@
+"""Every sampler against diffusers' scheduler, over whole trajectories driven by the same nonlinear "model"."""
+
+import diffusers
+import pytest
+import torch
+from torch import Tensor
+
+from engine.config import ScheduleConfig
+from engine.samplers import SAMPLERS, SamplerTable, make_table, step
+
+_SCHEDULERS = {
+    "ddim": (diffusers.DDIMScheduler, {}),
+    "euler": (diffusers.EulerDiscreteScheduler, {}),
+    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
+    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
+    "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "unipc": (diffusers.UniPCMultistepScheduler, {}),
+    "lcm": (diffusers.LCMScheduler, {}),
+}
+_SD15 = {
+    "beta_start": 0.00085,
+    "beta_end": 0.012,
+    "beta_schedule": "scaled_linear",
+    "num_train_timesteps": 1000,
+    "clip_sample": False,
+    "set_alpha_to_one": False,
+    "steps_offset": 1,
+    "timestep_spacing": "leading",
+    "prediction_type": "epsilon",
+}
+
+
+def _model(x: Tensor, timestep: Tensor) -> Tensor:
+    """A smooth stand-in for the UNet: bounded, dependent on position and timestep."""
+    return torch.tanh(0.7 * x + torch.roll(x, 1, -1) * 0.3 + float(timestep) / 2000) * 1.1
+
+
+def _ours(table: SamplerTable, latents: Tensor, draws: list[Tensor], image: Tensor | None = None) -> Tensor:
+    x = table.start_noise * latents if image is None else table.image_scale * image + table.image_noise * latents
+    history = table.start_history(x)
+    for i in range(len(table)):
+        prediction = _model(x * table.input_scale[i], table.timesteps[i])
+        noise = draws[i] if table.stochastic and i < table.noise_draws else None
+        x, history = step(table, x, prediction, torch.full((len(x),), i), history, noise)
+    return x
+
+
+def _theirs(name: str, config: dict, steps: int, latents: Tensor, seed: int, eta: float, begin: int, image) -> Tensor:
+    scheduler_class, extra = _SCHEDULERS[name]
+    scheduler = scheduler_class.from_config({**config, **extra})
+    scheduler.set_timesteps(steps)
+    timesteps = scheduler.timesteps[begin:]
+    generator = torch.Generator().manual_seed(seed)
+    if image is None:
+        x = latents * scheduler.init_noise_sigma
+    else:
+        if hasattr(scheduler, "set_begin_index"):
+            scheduler.set_begin_index(begin)
+        x = scheduler.add_noise(image, latents, timesteps[:1])
+    for timestep in timesteps:
+        prediction = _model(scheduler.scale_model_input(x, timestep), timestep)
+        options = {"generator": generator} if name in ("ddim", "euler_ancestral", "lcm") else {}
+        if name == "ddim":
+            options["eta"] = eta
+        x = scheduler.step(prediction, timestep, x, **options).prev_sample
+    return x
+
+
+def _compare(name: str, config: dict, steps: int, eta: float = 0.0, begin: int = 0) -> float:
+    latents = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(7))
+    image = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(8)) if begin else None
+    generator = torch.Generator().manual_seed(9)
+    draws = [torch.randn(latents.shape, generator=generator) for _ in range(steps)]
+    ours = _ours(make_table(name, ScheduleConfig.from_dict(config), steps, eta, begin), latents, draws, image)
+    theirs = _theirs(name, config, steps, latents, 9, eta, begin, image)
+    return float((ours - theirs).norm() / theirs.norm())
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 5, 14, 15, 20, 50])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_whole_trajectory(name: str, steps: int) -> None:
+    assert _compare(name, _SD15, steps) <= 1e-5
+
+
+@pytest.mark.parametrize("steps", [100, 250])
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"lcm"}))
+def test_many_steps(name: str, steps: int) -> None:
+    assert _compare(name, _SD15, steps) <= 1e-5
+
+
+@pytest.mark.parametrize("eta", [0.3, 1.0])
+@pytest.mark.parametrize("steps", [2, 20])
+def test_ddim_eta(steps: int, eta: float) -> None:
+    assert _compare("ddim", _SD15, steps, eta) <= 1e-5
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"timestep_spacing": "linspace"},
+        {"timestep_spacing": "trailing"},
+        {"prediction_type": "v_prediction"},
+        {"steps_offset": 0},
+        {"beta_schedule": "linear", "beta_start": 1e-4, "beta_end": 0.02},
+        {"set_alpha_to_one": True},
+        {"use_karras_sigmas": True},
+    ],
+    ids=str,
+)
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_other_schedules(name: str, change: dict) -> None:
+    assert _compare(name, {**_SD15, **change}, 17) <= 1e-5
+
+
+@pytest.mark.parametrize("begin", [1, 4, 9])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_from_a_picture(name: str, begin: int) -> None:
+    assert _compare(name, _SD15, 10, begin=begin) <= 1e-5
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_rows_may_be_at_different_steps(name: str) -> None:
+    """A row's result does not depend on where the rows beside it are."""
+    table = make_table(name, ScheduleConfig.from_dict(_SD15), 12)
+    x, prediction, noise = torch.randn(3, 3, 4, 4, 4).unbind(0)
+    history = torch.randn(table.state.shape[-1] - 1, 3, 4, 4, 4)
+    position = torch.tensor([0, 5, 11])
+    together, kept = step(table, x, prediction, position, history, noise)
+    for row in range(3):
+        rows = slice(row, row + 1)
+        alone, kept_alone = step(table, x[rows], prediction[rows], position[rows], history[:, rows], noise[rows])
+        torch.testing.assert_close(together[rows], alone, rtol=1e-6, atol=1e-6)
+        torch.testing.assert_close(kept[:, rows], kept_alone, rtol=1e-6, atol=1e-6)
+
+
+@pytest.mark.parametrize(("name", "steps"), [("ddim", 1001), ("dpmpp_2m", 1000), ("unipc", 1000), ("lcm", 51)])
+def test_too_many_steps(name: str, steps: int) -> None:
+    with pytest.raises(ValueError, match=str(steps)):
+        make_table(name, ScheduleConfig.from_dict(_SD15), steps)
