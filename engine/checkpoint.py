@@ -45,13 +45,16 @@ def open_checkpoint(model: str | Path | None, config: str | Path | None, prefer_
 
     Args:
         model: folder, ``.safetensors`` file, hub id, or None for the embedded model.
-        config: for a single file, a diffusers folder whose configs and tokenizer to use.
+        config: for a single file, a diffusers folder whose configs and tokenizer to use; the file's own folder where it
+            is one, as in SD v1.5's repository.
         prefer_fp16: read the fp16 variant where a folder holds both.
     """
     if model is None:
         model = EMBEDDED_MODEL
     path = Path(model)
     if path.is_file():
+        if config is None and (path.parent / "unet" / "config.json").is_file():
+            config = path.parent
         return _open_single_file(path, None if config is None else Path(config))
     if config is not None:
         raise CheckpointError(f"config belongs to single-file checkpoints; {model} is not a file")
@@ -144,7 +147,7 @@ def _find_weights(folder: Path, stem: str, prefer_fp16: bool) -> list[TensorFile
             return _open_shards(path) if path.suffix == ".json" else [TensorFile(path)]
     for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.ckpt")):
         TensorFile(path)  # raises, with the way to convert it
-    raise CheckpointError(f"{folder}: no weights found; expected {plain[0]} or {half[0]}")
+    raise CheckpointError(f"{folder / plain[0]}: missing, and so is {half[0]}")
 
 
 def _open_shards(index: Path) -> list[TensorFile]:

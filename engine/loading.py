@@ -40,8 +40,8 @@ def load(
         device: "cuda" where there is one, else "cpu", unless given.
         dtype: "float32", "bfloat16" or "float16"; unless given, float16 on a GPU and float32 on a CPU.
         backend: "auto" or "torch".
-        config: for a single file, a diffusers folder whose configs and tokenizer to use; without it sizes are read
-            from the tensors' shapes and the rest is SD v1.5's.
+        config: for a single file, a diffusers folder whose configs and tokenizer to use; the file's own folder where it
+            is one. Without any, sizes are read from the tensors' shapes and the rest is SD v1.5's.
 
     Raises:
         CheckpointError: files are missing, damaged or do not match their config.

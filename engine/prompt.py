@@ -1,4 +1,4 @@
-"""Prompt weighting in the notation of the A1111 web interface.
+"""Prompt weighting in the notation that A1111 and ComfyUI share.
 
 ``(word)`` multiplies the attention paid to a word by 1.1, ``[word]`` divides it by 1.1, ``(word:1.3)`` multiplies it
 by 1.3; brackets nest, and a backslash makes one literal. An unclosed bracket reaches to the end of the prompt, and an

@@ -46,13 +46,18 @@ class TextEncoder:
         self.max_length: int = model.config.max_position_embeddings
         self.width: int = model.config.hidden_size
         self._lock = threading.Lock()  # fast tokenizers refuse to be used by two threads at once
-        largest = max(len(tokenizer) - 1, tokenizer.eos_token_id, tokenizer.pad_token_id)
-        if largest >= model.config.vocab_size:
-            rule = f"the tokenizer's ids must fit the text encoder's vocabulary of {model.config.vocab_size}"
-            raise ValueError(f"{rule}, got ids up to {largest}")
+        self._fits = max(len(tokenizer), tokenizer.eos_token_id + 1) <= model.config.vocab_size
 
     def tokenize(self, prompt: str) -> Tokens:
         """Tokenize one prompt; what exceeds the encoder's length is cut off and reported in the result."""
+        if (
+            not self._fits
+        ):  # told here, not at load: the UNet and VAE of a single file can be used without its tokenizer
+            size = self.model.config.vocab_size
+            raise ValueError(
+                f"the tokenizer's ids must fit the text encoder's {size} tokens, got {len(self.tokenizer)}; give the "
+                "model's own tokenizer with load(..., config=folder)"
+            )
         weighted = parse_weights(prompt)
         with self._lock:
             encoded = self.tokenizer(
@@ -76,25 +81,21 @@ class TextEncoder:
     def encode(self, prompts: Sequence[str]) -> Tensor:
         """Encode prompts to (B, 77, E) in the model's dtype; warns, quoting it, about text that did not fit.
 
-        Token weights scale the embeddings, after which each prompt's mean is restored, as A1111 does.
+        A token of weight w gets ``empty + w (embedding - empty)``, where ``empty`` is the empty prompt's embedding at
+        its position: ComfyUI's rule. (A1111 scales embeddings and then restores their mean, which is near zero.)
         """
         tokens = [self.tokenize(prompt) for prompt in prompts]
         for prompt in tokens:
             if prompt.cut_off:
                 rule = f"the prompt is longer than the text encoder's {self.max_length} tokens"
                 warnings.warn(f"{rule}; this part was cut off: {prompt.cut_off!r}", stacklevel=2)
-        device = self.model.device
-        ids = torch.tensor([prompt.ids for prompt in tokens], device=device)
-        context = self.model(input_ids=ids).last_hidden_state
-        if any(weight != 1.0 for prompt in tokens for weight in prompt.weights):
-            weights = torch.tensor([prompt.weights for prompt in tokens], device=device)
-            context = _weighted(context, weights)
-        return context
+        context = self._transform([prompt.ids for prompt in tokens])
+        weights = torch.tensor([prompt.weights for prompt in tokens], device=context.device)[:, :, None]
+        if (weights == 1.0).all():
+            return context
+        empty = self._transform([self.tokenize("").ids]).float()
+        weighted = empty + weights * (context.float() - empty)
+        return torch.where(weights == 1.0, context, weighted.to(context.dtype))
 
-
-def _weighted(context: Tensor, weights: Tensor) -> Tensor:
-    exact = context.float()
-    scaled = exact * weights[:, :, None]
-    restore = exact.mean(dim=(1, 2), keepdim=True) / scaled.mean(dim=(1, 2), keepdim=True)
-    plain = (weights == 1.0).all(dim=1)[:, None, None]  # a plain prompt beside a weighted one keeps its bits
-    return torch.where(plain, context, (scaled * restore).to(context.dtype))
+    def _transform(self, ids: Sequence[tuple[int, ...]]) -> Tensor:
+        return self.model(input_ids=torch.tensor(ids, device=self.model.device)).last_hidden_state

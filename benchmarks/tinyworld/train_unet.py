@@ -67,6 +67,7 @@ SCHEDULER_CONFIG: dict[str, Any] = {
 _MIN_SNR_GAMMA = 5.0
 _CAPTION_DROPOUT = 0.1
 _SAMPLE_PROMPTS = 24
+_FIRST_PICTURES = 4096
 
 
 class LatentStore:
@@ -151,7 +152,7 @@ def train(folder: Path, minutes: float, batch: int, peak_rate: float, grow: int,
     vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True)["ema"]["shadow"])
     vae.requires_grad_(False)
     store = LatentStore(folder / "latents.f16", vae, capacity)
-    store.grow(max(0, 16 * batch - store.count))
+    store.grow(max(0, _FIRST_PICTURES - store.count))
     scale = 1 / float(store.take(list(range(2048))).std())
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     model = Trainee(len(tokenizer), tokenizer.eos_token_id)

@@ -1,0 +1,70 @@
+"""Turn result files into the README's tables: ``python -m benchmarks.report [--check]``.
+
+The tables stand between ``<!-- results -->`` and ``<!-- /results -->``; ``--check`` only tells if they are current.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import re
+import sys
+from pathlib import Path
+from typing import Any
+
+from benchmarks.run import RESULTS
+
+README = Path(__file__).parent.parent / "README.md"
+_SECTION = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
+
+
+def tables() -> str:
+    """Markdown of every result file, newest first within a machine."""
+    parts = []
+    for path in sorted(RESULTS.glob("*.json")):
+        result = json.loads(path.read_text())
+        parts.append(_speed(path, result) if "records" in result else _quality(path, result))
+    return "\n".join(parts) or "Not measured.\n"
+
+
+def _speed(path: Path, result: dict[str, Any]) -> str:
+    about = result["machine"]
+    rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    for record in result["records"]:
+        rows.setdefault((record["case"], record["dtype"]), {})[record["system"]] = record
+    lines = [
+        f"{about['gpu'] or about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}, "
+        f"diffusers {about['versions']['diffusers']}, commit {about['commit'][:9]} "
+        f"([{path.name}](benchmarks/results/{path.name})); median ms (p10 to p90):\n",
+        "| case | dtype | twinstream | diffusers eager | ratio | difference |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for (case, dtype), systems in rows.items():
+        ours, theirs = systems["twinstream"], systems["diffusers_eager"]
+        ratio = theirs["median_ms"] / ours["median_ms"]
+        lines.append(f"| {case} | {dtype} | {_time(ours)} | {_time(theirs)} | {ratio:.2f}x | {ours['rel_error']:.1e} |")
+    return "\n".join(lines) + "\n"
+
+
+def _time(record: dict[str, Any]) -> str:
+    return f"{record['median_ms']:.1f} ({record['p10_ms']:.1f} to {record['p90_ms']:.1f})"
+
+
+def _quality(path: Path, result: dict[str, Any]) -> str:
+    raise NotImplementedError(f"{path}: unknown kind of result, with {', '.join(result)}")
+
+
+def main() -> int:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--check", action="store_true")
+    arguments = parser.parse_args()
+    text = README.read_text()
+    current = _SECTION.sub(lambda _: tables(), text)
+    if arguments.check:
+        return int(current != text)
+    README.write_text(current)
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

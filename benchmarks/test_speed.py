@@ -1,0 +1,71 @@
+"""UNet step, VAE decode and whole pictures, beside diffusers in the same run (pytest-benchmark).
+
+The systems take turns: before every timed round of ours the peer runs one, timed by hand, so that a change in the
+machine's speed touches both alike.
+"""
+
+from __future__ import annotations
+
+import tempfile
+import time
+from functools import cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+import torch
+
+from benchmarks.systems import System, diffusers_eager, full_size_folder, twinstream
+from engine.checkpoint import EMBEDDED_MODEL
+
+_CASES = ("guided_step", "vae_decode", "generate_20")
+_DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+# The relative difference from diffusers at the same dtype that still counts as the same result
+_TOLERANCES = {"float32": 2e-4, "bfloat16": 8e-2}
+
+
+@cache
+def _systems(model: str, dtype: str) -> tuple[System, System]:
+    folder = EMBEDDED_MODEL if model == "tinyworld" else full_size_folder(Path(tempfile.gettempdir()) / "sd15-random")
+    return twinstream(folder, _DTYPES[dtype]), diffusers_eager(folder, _DTYPES[dtype])
+
+
+def _compare(benchmark: Any, model: str, case: str, dtype: str, rounds: int) -> None:
+    ours, theirs = (system.cases[case] for system in _systems(model, dtype))
+    peer_seconds: list[float] = []
+
+    def peer_round() -> None:
+        start = time.perf_counter()
+        theirs()
+        peer_seconds.append(time.perf_counter() - start)
+
+    with torch.no_grad():
+        expected, actual = theirs().double(), ours().double()
+        error = float((actual - expected).norm() / expected.norm())
+        assert error <= _TOLERANCES[dtype]
+        benchmark.pedantic(ours, setup=peer_round, rounds=rounds, warmup_rounds=1)
+    own = benchmark.stats.stats.data
+    prefix = {"case": case if model == "tinyworld" else f"{case}_full_size", "dtype": dtype, "rows": 2}
+    benchmark.extra_info["records"] = [
+        {**prefix, "system": "twinstream", **_milliseconds(own), "rel_error": error},
+        {**prefix, "system": "diffusers_eager", **_milliseconds(peer_seconds[-len(own) :]), "rel_error": 0.0},
+    ]
+
+
+def _milliseconds(seconds: list[float]) -> dict[str, float]:
+    p10, median, p90 = np.percentile(np.array(seconds) * 1e3, [10, 50, 90])
+    return {"median_ms": round(median, 3), "p10_ms": round(p10, 3), "p90_ms": round(p90, 3)}
+
+
+@pytest.mark.parametrize("dtype", _DTYPES)
+@pytest.mark.parametrize("case", _CASES)
+def test_tinyworld(benchmark: Any, case: str, dtype: str) -> None:
+    _compare(benchmark, "tinyworld", case, dtype, rounds=50 if case != "generate_20" else 15)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("dtype", _DTYPES)
+@pytest.mark.parametrize("case", _CASES[:2])
+def test_full_size(benchmark: Any, case: str, dtype: str) -> None:
+    _compare(benchmark, "full_size", case, dtype, rounds=5)

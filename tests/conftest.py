@@ -1,0 +1,23 @@
+"""Fixtures: one small random pipeline on disk, and an Engine loaded from it."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+import engine
+from tests.pipelines import save_pipeline
+
+torch.set_num_threads(2)
+
+
+@pytest.fixture(scope="session")
+def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    folder = tmp_path_factory.mktemp("small")
+    save_pipeline("narrow", folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def small(small_folder: Path) -> engine.Engine:
+    return engine.load(small_folder)

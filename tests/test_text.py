@@ -1,0 +1,54 @@
+"""Tokens, spans, truncation and weights."""
+
+import threading
+
+import pytest
+import torch
+
+import engine
+
+
+def test_tokens_and_spans(small: engine.Engine) -> None:
+    tokens = small.text_encoder.tokenize("a (red:1.5) cat, zebra")
+    tokenizer = small.text_encoder.tokenizer
+    assert tokens.text == "a red cat, zebra"
+    assert len(tokens.ids) == len(tokens.weights) == 77
+    assert tokens.ids[0] == tokenizer.bos_token_id
+    assert tokens.ids[len(tokens.spans) + 1 :] == (tokenizer.eos_token_id,) * (76 - len(tokens.spans))
+    words = [tokens.text[start:end] for start, end in tokens.spans]
+    assert words[:4] == ["a", "red", "cat", ","]
+    assert "".join(words[4:]) == "zebra"
+    assert [w for w in tokens.weights if w != 1.0] == [1.5]
+    assert tokens.weights[2] == 1.5
+    assert tokens.cut_off == ""
+
+
+def test_what_is_cut_off_is_quoted(small: engine.Engine) -> None:
+    prompt = "red " * 75 + "blue cat"
+    assert small.text_encoder.tokenize(prompt).cut_off == "blue cat"
+    with pytest.warns(UserWarning, match="77 tokens; this part was cut off: 'blue cat'"):
+        small.encode_prompt([prompt])
+    assert small.text_encoder.tokenize("red " * 75).cut_off == ""
+
+
+def test_weights_move_tokens_away_from_the_empty_prompt(small: engine.Engine) -> None:
+    plain, weighted, neutral, empty = small.encode_prompt(["a red cat", "a (red:1.5) cat", "a (red:1.0) cat", ""])
+    assert torch.equal(neutral, plain)
+    torch.testing.assert_close(weighted[2], empty[2] + 1.5 * (plain[2] - empty[2]))
+    others = [i for i in range(77) if i != 2]
+    assert torch.equal(weighted[others], plain[others])
+
+
+def test_threads_share_the_tokenizer(small: engine.Engine) -> None:
+    results: dict[int, tuple[int, ...]] = {}
+
+    def work(i: int) -> None:
+        for _ in range(30):
+            results[i] = small.text_encoder.tokenize("a red cat " * (1 + i)).ids
+
+    threads = [threading.Thread(target=work, args=(i,)) for i in range(4)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert results == {i: small.text_encoder.tokenize("a red cat " * (1 + i)).ids for i in range(4)}
