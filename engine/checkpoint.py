@@ -20,7 +20,8 @@ EMBEDDED_MODEL = ASSETS / "tinyworld"
 _CLIP_TOKENIZER = ASSETS / "clip"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["model_index.json", "*/*.json", "tokenizer/*.txt", "*/*.safetensors"]
+_HUB_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"]
+_HUB_FILES += [f"{part}/*{suffix}" for part in ("unet", "vae", "text_encoder") for suffix in (".json", ".safetensors")]
 _OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _TEXT_BUFFER = "embeddings.position_ids"  # saved by old transformers; not a weight
 
@@ -121,7 +122,7 @@ def _open_hub(model: str) -> Path:
     from huggingface_hub import snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    get = partial(snapshot_download, model, allow_patterns=_HUB_FILES)
+    get = partial(snapshot_download, model, allow_patterns=_HUB_FILES, ignore_patterns="*non_ema*")
     try:
         snapshot = Path(get(local_files_only=True))
         if (snapshot / "unet" / "config.json").is_file():  # a tokenizer alone may be cached

@@ -1,0 +1,114 @@
+"""Compile every Triton kernel ahead of time, on any machine: ``python -m benchmarks.compile_kernels``.
+
+Builds real cubins for each architecture in the configurations that the engine launches for SD v1.5, and prints
+registers and shared memory as the cubin states them, and spills as the instructions in it that touch local memory.
+"""
+
+from __future__ import annotations
+
+import json
+import re
+import subprocess
+import sys
+import tempfile
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import triton
+from triton.backends.compiler import GPUTarget
+from triton.compiler import ASTSource
+
+from engine.kernels import geglu, group_norm_silu
+
+ARCHITECTURES = (80, 86, 89, 90)
+_TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
+_DTYPES = ("fp16", "bf16")
+
+
+@dataclass(frozen=True, slots=True)
+class Usage:
+    """What one kernel takes on one architecture."""
+
+    kernel: str
+    dtype: str
+    constants: str
+    architecture: int
+    registers: int
+    shared_bytes: int
+    spill_instructions: int
+
+
+def configurations() -> Iterator[tuple[Any, str, dict[str, str], dict[str, int]]]:
+    """Kernel, dtype, argument types and constants of every launch."""
+    tile = {"BLOCK_N": group_norm_silu._BLOCK_N, "BLOCK_C": group_norm_silu._BLOCK_C}
+    for dtype in _DTYPES:
+        data = f"*{dtype}"
+        yield geglu._geglu_fwd_kernel, dtype, {"x_ptr": data, "y_ptr": data, "n_cols": "i32"}, {"BLOCK": geglu._BLOCK}
+        stats = {"x_ptr": data, "mean_ptr": "*fp32", "m2_ptr": "*fp32", "N": "i32", "C": "i32"}
+        yield group_norm_silu._group_norm_stats_kernel, dtype, stats, tile
+        apply = {"x_ptr": data, "scale_ptr": "*fp32", "shift_ptr": "*fp32", "y_ptr": data, "N": "i32", "C": "i32"}
+        yield group_norm_silu._group_norm_silu_apply_kernel, dtype, apply, tile
+    combine = dict.fromkeys(("mean_ptr", "m2_ptr", "weight_ptr", "bias_ptr", "scale_ptr", "shift_ptr"), "*fp32")
+    combine |= {"weight_ptr": "*fp16", "bias_ptr": "*fp16"}  # the statistics are float32 at every dtype
+    combine |= {"N": "i32", "C": "i32", "n_chunks": "i32", "eps": "fp32"}
+    for group in (4, 10, 20, 60, 80):  # channels a group in SD v1.5's UNet and VAE, one per power of two above
+        constants = {
+            "GROUP": group,
+            "BLOCK_N": group_norm_silu._BLOCK_N,
+            "BLOCK_G": triton.next_power_of_2(group),
+            "BLOCK_CHUNKS": group_norm_silu._BLOCK_CHUNKS,
+        }
+        yield group_norm_silu._group_norm_combine_kernel, "fp16", combine, constants
+
+
+def compile_all() -> Iterator[Usage]:
+    """Compile every configuration for every architecture."""
+    for kernel, dtype, types, constants in configurations():
+        signature = types | dict.fromkeys(constants, "constexpr")
+        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
+        for architecture in ARCHITECTURES:
+            source = ASTSource(kernel, signature, constexprs=constants, attrs=aligned)
+            compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32))
+            yield _usage(kernel.__name__, dtype, constants, architecture, compiled.asm["cubin"])
+
+
+def _usage(kernel: str, dtype: str, constants: dict[str, int], architecture: int, cubin: bytes) -> Usage:
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
+        code = _run("nvdisasm", "--print-code", file.name)
+    found = {name: int(value) for name, value in re.findall(r"(REG|SHARED):(\d+)", usage)}
+    return Usage(
+        kernel=kernel,
+        dtype=dtype,
+        constants=" ".join(f"{name}={value}" for name, value in constants.items()),
+        architecture=architecture,
+        registers=found["REG"],
+        shared_bytes=found["SHARED"],
+        spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+    )
+
+
+def _run(tool: str, *arguments: str) -> str:
+    return subprocess.run([_TOOLS / tool, *arguments], capture_output=True, text=True, check=True).stdout
+
+
+def main() -> int:
+    usages = list(compile_all())
+    if "--json" in sys.argv[1:]:
+        print(json.dumps([asdict(usage) for usage in usages]))
+        return 0
+    print(f"{'kernel':<34}{'dtype':<6}{'sm':<4}{'registers':>10}{'shared B':>10}{'spills':>8}  constants")
+    for usage in usages:
+        print(
+            f"{usage.kernel:<34}{usage.dtype:<6}{usage.architecture:<4}{usage.registers:>10}{usage.shared_bytes:>10}"
+            f"{usage.spill_instructions:>8}  {usage.constants}"
+        )
+    return int(any(usage.spill_instructions for usage in usages))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

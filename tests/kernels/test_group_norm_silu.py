@@ -1,0 +1,41 @@
+"""GroupNorm+SiLU: the kernels in the interpreter (or on a GPU), the operator's registration."""
+
+import pytest
+import torch
+
+from engine.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref, group_norm_silu_triton
+from tests.kernels.accuracy import assert_as_accurate
+
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _inputs(shape: tuple[int, ...], dtype: torch.dtype, mean: float) -> tuple[torch.Tensor, ...]:
+    torch.manual_seed(0)
+    x = (torch.randn(shape, device=_DEVICE) + mean).to(dtype).contiguous(memory_format=torch.channels_last)
+    weight, bias = (torch.randn(shape[1], device=_DEVICE).to(dtype) for _ in range(2))
+    return x, weight, bias
+
+
+@pytest.mark.parametrize("mean", [0.0, 300.0])  # at 300 a variance as E[x^2] - E[x]^2 is lost
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    ("shape", "groups"), [((2, 320, 8, 8), 32), ((1, 96, 9, 15), 16), ((3, 24, 1, 1), 12), ((1, 8, 70, 70), 4)], ids=str
+)
+def test_kernel(shape: tuple[int, ...], groups: int, dtype: torch.dtype, mean: float) -> None:
+    x, weight, bias = _inputs(shape, dtype, mean)
+    actual = group_norm_silu_triton(x, weight, bias, groups, 1e-5)
+    assert actual.is_contiguous(memory_format=torch.channels_last)
+    eager = group_norm_silu_ref(x, weight, bias, groups, 1e-5)
+    exact = group_norm_silu_ref(x.double(), weight.double(), bias.double(), groups, 1e-5)
+    assert_as_accurate(actual, eager, exact)
+
+
+def test_layout_is_checked() -> None:
+    with pytest.raises(ValueError, match="x must be channels-last"):
+        group_norm_silu_triton(torch.zeros(2, 8, 4, 4), torch.ones(8), torch.zeros(8), 4, 1e-5)
+
+
+def test_operator() -> None:
+    x, weight, bias = _inputs((2, 8, 4, 4), torch.float32, 0.0)
+    torch.library.opcheck(torch.ops.twinstream.group_norm_silu.default, (x, weight, bias, 4, 1e-5))
+    torch.testing.assert_close(group_norm_silu(x, weight, bias, 4, 1e-5), group_norm_silu_ref(x, weight, bias, 4, 1e-5))
