@@ -39,7 +39,7 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--config", help="for a .safetensors file: a diffusers folder with its configs and tokenizer")
     model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     model.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float16 on a GPU, float32 on a CPU)")
-    model.add_argument("--backend", default="auto", help="auto or torch (default: auto)")
+    model.add_argument("--backend", default="auto", help="auto, torch or triton (default: auto)")
 
     generate = commands.add_parser("generate", parents=[model], help="draw pictures from prompts")
     generate.add_argument("prompts", nargs="+", metavar="prompt")

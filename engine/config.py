@@ -53,7 +53,6 @@ _VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "use_quant_conv": (True,),
 }
 _SCHEDULE_FIXED: dict[str, tuple[Any, ...]] = {
-    "clip_sample": (False,),
     "rescale_betas_zero_snr": (False,),
     "thresholding": (False,),
     "use_beta_sigmas": (False, None),
@@ -161,6 +160,7 @@ class ScheduleConfig:
     steps_offset: int = 1
     set_alpha_to_one: bool = False
     use_karras_sigmas: bool = False
+    clip_sample: bool = False  # of ddim and lcm, which refuse it: clipping belongs to pixels, not latents
     original_inference_steps: int = 50  # of latent consistency models
 
     @classmethod
@@ -182,6 +182,7 @@ class ScheduleConfig:
             steps_offset=read.size("steps_offset", 1, minimum=0),
             set_alpha_to_one=bool(config.get("set_alpha_to_one", False)),
             use_karras_sigmas=bool(config.get("use_karras_sigmas", False)),
+            clip_sample=bool(config.get("clip_sample", False)),
             original_inference_steps=read.size("original_inference_steps", 50),
         )
 

@@ -158,9 +158,9 @@ class Engine:
             cancelled=steps_taken.cancelled,
         )
 
-    def encode_prompt(self, prompts: Sequence[str]) -> Tensor:
+    def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
         """Encode prompts to (B, 77, E), with their token weights applied."""
-        return self.text_encoder.encode(prompts)
+        return self.text_encoder.encode([prompts] if isinstance(prompts, str) else prompts)
 
     def _context(self, request: Request) -> Tensor:
         """Encoded text of every UNet row, unconditional rows first; each distinct text is encoded once."""

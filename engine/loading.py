@@ -12,7 +12,7 @@ import torch
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .engine import Engine
-from .ops import TORCH, Ops
+from .ops import TORCH, TRITON, Ops
 from .request import check_choice
 from .result import Result
 from .text import TextEncoder
@@ -21,7 +21,7 @@ from .vae import AutoencoderKL
 from .weights import load_module
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BACKENDS: dict[str, Ops] = {"torch": TORCH}
+_BACKENDS: dict[str, Ops] = {"torch": TORCH, "triton": TRITON}
 
 
 def load(
@@ -39,7 +39,7 @@ def load(
             embedded model.
         device: "cuda" where there is one, else "cpu", unless given.
         dtype: "float32", "bfloat16" or "float16"; unless given, float16 on a GPU and float32 on a CPU.
-        backend: "auto" or "torch".
+        backend: "torch" (what "auto" means until the kernels are proven on GPUs) or "triton", which needs a GPU.
         config: for a single file, a diffusers folder whose configs and tokenizer to use; the file's own folder where it
             is one. Without any, sizes are read from the tensors' shapes and the rest is SD v1.5's.
 
@@ -47,8 +47,10 @@ def load(
         CheckpointError: files are missing, damaged or do not match their config.
         ValueError: another argument cannot be honoured.
     """
-    ops = TORCH if backend == "auto" else _BACKENDS[check_choice("backend", backend, ("auto", *_BACKENDS))]
+    ops = _BACKENDS["torch" if check_choice("backend", backend, ("auto", *_BACKENDS)) == "auto" else backend]
     where = _device(device)
+    if ops is TRITON and where.type != "cuda":
+        raise RuntimeError(f"backend 'triton' needs a CUDA device, got {where}; use backend='torch'")
     kind = _dtype(dtype, where)
     checkpoint = open_checkpoint(model, config, prefer_fp16=kind == torch.float16)
     with torch.device("meta"):

@@ -101,6 +101,8 @@ def make_table(name: str, config: ScheduleConfig, steps: int, eta: float = 0.0, 
     """
     if eta and name != "ddim":
         raise ValueError(f"eta belongs to the ddim sampler alone, got eta={eta} with sampler={name!r}")
+    if config.clip_sample and name in ("ddim", "lcm"):
+        raise ValueError(f"{name} needs clip_sample = false in scheduler_config.json: clipping is for pixels, got true")
     spacing, write = SAMPLERS[name]
     schedule = make_schedule(config, spacing, steps, karras=name.endswith("_karras"))
     return write(schedule, begin, eta) if name == "ddim" else write(schedule, begin)

@@ -82,7 +82,6 @@ def test_schedule_where_the_file_is_silent() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"clip_sample": True}, "clip_sample must be False"),
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
         ({"prediction_type": "flow"}, "prediction_type must be one of epsilon"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule must be one of"),

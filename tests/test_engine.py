@@ -186,7 +186,7 @@ def test_models_may_be_called_directly(small: engine.Engine) -> None:
     [
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"device": "gpu"}, "device must be a torch device"),
-        ({"backend": "cuda"}, "backend must be one of auto, torch, got 'cuda'"),
+        ({"backend": "cuda"}, "backend must be one of auto, torch, triton, got 'cuda'"),
         ({"config": "x"}, "config belongs to single-file checkpoints"),
     ],
     ids=str,
@@ -194,6 +194,11 @@ def test_models_may_be_called_directly(small: engine.Engine) -> None:
 def test_load_refusals(small_folder, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         engine.load(small_folder, **arguments)
+
+
+def test_triton_needs_a_gpu(small_folder) -> None:
+    with pytest.raises(RuntimeError, match="backend 'triton' needs a CUDA device, got cpu"):
+        engine.load(small_folder, device="cpu", backend="triton")
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
@@ -146,7 +147,9 @@ class Task:
         return (weight * (predicted.float() - noise).square()).mean()
 
 
-def train(folder: Path, minutes: float, batch: int, peak_rate: float, grow: int, capacity: int) -> None:
+def train(
+    folder: Path, minutes: float, batch: int, peak_rate: float, grow: int, capacity: int, init: Path | None
+) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(VAEConfig.from_dict(VAE_CONFIG))
     vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True)["ema"]["shadow"])
@@ -156,6 +159,9 @@ def train(folder: Path, minutes: float, batch: int, peak_rate: float, grow: int,
     scale = 1 / float(store.take(list(range(2048))).std())
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
     model = Trainee(len(tokenizer), tokenizer.eos_token_id)
+    if init is not None:
+        model.unet.load_state_dict(load_file(init / "unet/diffusion_pytorch_model.safetensors"))
+        model.text.load_state_dict(load_file(init / "text_encoder/model.safetensors"))
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
     ema = EMA(model, 0.999)
     run = Run(folder, "unet", minutes, {"model": model, "optimizer": optimizer, "ema": ema})
@@ -207,9 +213,18 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=128)
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--grow", type=int, default=16, help="pictures drawn and encoded per step")
+    parser.add_argument("--init", type=Path, help="diffusers folder whose weights a new run starts from")
     parser.add_argument("--capacity", type=int, default=120_000, help="pictures kept at most")
     arguments = parser.parse_args()
-    train(arguments.out, arguments.minutes, arguments.batch, arguments.rate, arguments.grow, arguments.capacity)
+    train(
+        arguments.out,
+        arguments.minutes,
+        arguments.batch,
+        arguments.rate,
+        arguments.grow,
+        arguments.capacity,
+        arguments.init,
+    )
 
 
 if __name__ == "__main__":

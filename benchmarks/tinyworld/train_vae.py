@@ -10,6 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.tinyworld.data import HELD_OUT_SEED, grid, pictures_at, to_images
@@ -42,9 +43,11 @@ def psnr(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
     return (10 * torch.log10(4 / error)).mean()
 
 
-def train(folder: Path, minutes: float, batch: int, peak_rate: float, decoder_only: bool) -> None:
+def train(folder: Path, minutes: float, batch: int, peak_rate: float, decoder_only: bool, init: Path | None) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(VAEConfig.from_dict(VAE_CONFIG))
+    if init is not None:
+        vae.load_state_dict(load_file(init / "vae/diffusion_pytorch_model.safetensors"))
     optimizer = torch.optim.AdamW(vae.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
     ema = EMA(vae, 0.998)
     run = Run(folder, "vae", minutes, {"model": vae, "optimizer": optimizer, "ema": ema})
@@ -91,8 +94,9 @@ def main() -> None:
     parser.add_argument("--batch", type=int, default=8)
     parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--decoder-only", action="store_true")
+    parser.add_argument("--init", type=Path, help="diffusers folder whose weights a new run starts from")
     arguments = parser.parse_args()
-    train(arguments.out, arguments.minutes, arguments.batch, arguments.rate, arguments.decoder_only)
+    train(arguments.out, arguments.minutes, arguments.batch, arguments.rate, arguments.decoder_only, arguments.init)
 
 
 if __name__ == "__main__":
