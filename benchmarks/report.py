@@ -33,16 +33,19 @@ def _speed(path: Path, result: dict[str, Any]) -> str:
     for record in result["records"]:
         rows.setdefault((record["case"], record["dtype"]), {})[record["system"]] = record
     lines = [
-        f"{about['gpu'] or about['cpu']}, {about['threads']} threads, torch {about['versions']['torch']}, "
+        f"{about['cpu']} ({about['cpu_flags']}), {about['threads']} threads, torch {about['versions']['torch']}, "
         f"diffusers {about['versions']['diffusers']}, commit {about['commit'][:9]} "
-        f"([{path.name}](benchmarks/results/{path.name})); median ms (p10 to p90):\n",
-        "| case | dtype | twinstream | diffusers eager | ratio | difference |",
+        f"([{path.name}](benchmarks/results/{path.name})); median ms (p10 to p90), relative error against diffusers in float32:\n",
+        "| case | dtype | twinstream | diffusers eager | ratio | error (diffusers') |",
         "| --- | --- | --- | --- | --- | --- |",
     ]
     for (case, dtype), systems in rows.items():
         ours, theirs = systems["twinstream"], systems["diffusers_eager"]
         ratio = theirs["median_ms"] / ours["median_ms"]
-        lines.append(f"| {case} | {dtype} | {_time(ours)} | {_time(theirs)} | {ratio:.2f}x | {ours['rel_error']:.1e} |")
+        lines.append(
+            f"| {case} | {dtype} | {_time(ours)} | {_time(theirs)} | {ratio:.2f}x | "
+            f"{ours['rel_error']:.1e} ({theirs['rel_error']:.1e}) |"
+        )
     return "\n".join(lines) + "\n"
 
 

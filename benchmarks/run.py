@@ -28,7 +28,6 @@ def machine() -> dict[str, Any]:
     """What the numbers were measured on, and with."""
     cpu_info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpu_info.read_text()) if cpu_info.exists() else None
-    gpu = torch.cuda.get_device_name(0) if torch.cuda.is_available() else None
     changes = subprocess.run(
         ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False
     ).stdout
@@ -37,7 +36,7 @@ def machine() -> dict[str, Any]:
         "cpu": model.group(1) if model else platform.processor(),
         "cpu_flags": torch.backends.cpu.get_cpu_capability(),
         "threads": torch.get_num_threads(),
-        "gpu": gpu,
+        "device": "cpu",  # what the systems run on
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "diffusers")},
@@ -59,7 +58,7 @@ def main() -> int:
         benchmarks = json.loads(raw.read_text())["benchmarks"]
     records = [record | {"peak_memory_bytes": None} for item in benchmarks for record in item["extra_info"]["records"]]
     about = machine()
-    name = re.sub(r"[^a-z0-9]+", "-", (about["gpu"] or about["cpu"]).lower()).strip("-")
+    name = re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']}-{about['cpu_flags']}".lower()).strip("-")
     path = RESULTS / f"{name}-{about['date']}.json"
     path.parent.mkdir(exist_ok=True)
     path.write_text(json.dumps({"machine": about, "records": records}, indent=1) + "\n")

@@ -21,14 +21,21 @@ from engine.checkpoint import EMBEDDED_MODEL
 
 _CASES = ("guided_step", "vae_decode", "generate_20")
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
-# The relative difference from diffusers at the same dtype that still counts as the same result
-_TOLERANCES = {"float32": 2e-4, "bfloat16": 8e-2}
+# The relative difference from diffusers in float32 that still counts as the same result; a bfloat16 result may also
+# be twice as far away as diffusers' own
+_TOLERANCES = {"float32": 2e-4, "bfloat16": 3e-2}
 
 
 @cache
 def _systems(model: str, dtype: str) -> tuple[System, System]:
     folder = EMBEDDED_MODEL if model == "tinyworld" else full_size_folder(Path(tempfile.gettempdir()) / "sd15-random")
     return twinstream(folder, _DTYPES[dtype]), diffusers_eager(folder, _DTYPES[dtype])
+
+
+@cache
+def _exact(model: str, case: str) -> torch.Tensor:
+    """What diffusers computes in float32."""
+    return _systems(model, "float32")[1].cases[case]().double()
 
 
 def _compare(benchmark: Any, model: str, case: str, dtype: str, rounds: int) -> None:
@@ -41,15 +48,15 @@ def _compare(benchmark: Any, model: str, case: str, dtype: str, rounds: int) -> 
         peer_seconds.append(time.perf_counter() - start)
 
     with torch.no_grad():
-        expected, actual = theirs().double(), ours().double()
-        error = float((actual - expected).norm() / expected.norm())
-        assert error <= _TOLERANCES[dtype]
+        exact = _exact(model, case)
+        error, peer_error = (float((run().double() - exact).norm() / exact.norm()) for run in (ours, theirs))
+        assert error <= max(_TOLERANCES[dtype], 2 * peer_error)
         benchmark.pedantic(ours, setup=peer_round, rounds=rounds, warmup_rounds=1)
     own = benchmark.stats.stats.data
     prefix = {"case": case if model == "tinyworld" else f"{case}_full_size", "dtype": dtype, "rows": 2}
     benchmark.extra_info["records"] = [
         {**prefix, "system": "twinstream", **_milliseconds(own), "rel_error": error},
-        {**prefix, "system": "diffusers_eager", **_milliseconds(peer_seconds[-len(own) :]), "rel_error": 0.0},
+        {**prefix, "system": "diffusers_eager", **_milliseconds(peer_seconds[-len(own) :]), "rel_error": peer_error},
     ]
 
 

@@ -4,9 +4,8 @@ from __future__ import annotations
 
 import json
 import re
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +19,8 @@ EMBEDDED_MODEL = ASSETS / "tinyworld"
 _CLIP_TOKENIZER = ASSETS / "clip"
 
 _HUB_ID = re.compile(r"[\w.-]+/[\w.-]+")
-_HUB_FILES = ["model_index.json", "scheduler/*.json", "tokenizer/*.json", "tokenizer/*.txt"]
-_HUB_FILES += [f"{part}/*{suffix}" for part in ("unet", "vae", "text_encoder") for suffix in (".json", ".safetensors")]
+_WEIGHT_STEMS = {"unet": "diffusion_pytorch_model", "vae": "diffusion_pytorch_model", "text_encoder": "model"}
+_HUB_CONFIGS = ["scheduler/scheduler_config.json", "tokenizer/*", *(f"{part}/config.json" for part in _WEIGHT_STEMS)]
 _OLD_VAE_NAMES = {"to_q": "query", "to_k": "key", "to_v": "value", "to_out.0": "proj_attn"}
 _TEXT_BUFFER = "embeddings.position_ids"  # saved by old transformers; not a weight
 
@@ -60,27 +59,23 @@ def open_checkpoint(model: str | Path | None, config: str | Path | None, prefer_
     if config is not None:
         raise CheckpointError(f"config belongs to single-file checkpoints; {model} is not a file")
     if not path.is_dir():
-        path = _open_hub(str(model))
+        path = _open_hub(str(model), prefer_fp16)
     return _open_folder(path, str(model) if not Path(model).is_dir() else path.name, prefer_fp16)
 
 
 def _open_folder(folder: Path, name: str, prefer_fp16: bool) -> Checkpoint:
     unet_config = UNetConfig.from_dict(*_read_json(folder / "unet" / "config.json"))
     vae_config = VAEConfig.from_dict(*_read_json(folder / "vae" / "config.json"))
-    if not (folder / "tokenizer").is_dir():
-        raise CheckpointError(f"{folder / 'tokenizer'}: missing; a diffusers folder holds a tokenizer")
     return Checkpoint(
         name=name,
         unet_config=unet_config,
         vae_config=vae_config,
         text_config=_read_json(folder / "text_encoder" / "config.json")[0],
         schedule=ScheduleConfig.from_dict(*_read_json(folder / "scheduler" / "scheduler_config.json")),
-        unet=WeightSource(_find_weights(folder / "unet", "diffusion_pytorch_model", prefer_fp16)),
-        vae=WeightSource(_find_weights(folder / "vae", "diffusion_pytorch_model", prefer_fp16), _vae_names),
-        text=WeightSource(
-            _find_weights(folder / "text_encoder", "model", prefer_fp16), _text_names, ignored=_is_text_buffer
-        ),
-        tokenizer=folder / "tokenizer",
+        unet=WeightSource(_find_weights(folder, "unet", prefer_fp16)),
+        vae=WeightSource(_find_weights(folder, "vae", prefer_fp16), _vae_names),
+        text=WeightSource(_find_weights(folder, "text_encoder", prefer_fp16), _text_names, ignored=_is_text_buffer),
+        tokenizer=_find_tokenizer(folder / "tokenizer"),
     )
 
 
@@ -94,7 +89,7 @@ def _open_single_file(path: Path, config: Path | None) -> Checkpoint:
     else:
         configs = {part: _read_json(config / part / "config.json")[0] for part in ("unet", "vae", "text_encoder")}
         schedule = ScheduleConfig.from_dict(*_read_json(config / "scheduler" / "scheduler_config.json"))
-        tokenizer = config / "tokenizer"
+        tokenizer = _find_tokenizer(config / "tokenizer")
     unet_config = UNetConfig.from_dict(configs["unet"], f"{path} (unet)")
     vae_config = VAEConfig.from_dict(configs["vae"], f"{path} (vae)")
     return Checkpoint(
@@ -115,40 +110,67 @@ def _open_single_file(path: Path, config: Path | None) -> Checkpoint:
     )
 
 
-def _open_hub(model: str) -> Path:
-    """The local snapshot of a hub id; downloaded where it is not cached and the hub can be reached."""
+def _open_hub(model: str, prefer_fp16: bool) -> Path:
+    """The local snapshot of a hub id; downloaded, in one variant, where it is not whole and the hub can be reached."""
     if not _HUB_ID.fullmatch(model):
         raise CheckpointError(f"model must be a folder, a .safetensors file or a hub id, got {model!r}: no such path")
-    from huggingface_hub import snapshot_download
+    from huggingface_hub import list_repo_files, snapshot_download
     from huggingface_hub.errors import HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled
 
-    get = partial(snapshot_download, model, allow_patterns=_HUB_FILES, ignore_patterns="*non_ema*")
     try:
-        snapshot = Path(get(local_files_only=True))
-        if (snapshot / "unet" / "config.json").is_file():  # a tokenizer alone may be cached
+        snapshot = Path(snapshot_download(model, allow_patterns=_HUB_CONFIGS, local_files_only=True))
+        if all(_choose_weights(_names(snapshot), part, prefer_fp16) for part in _WEIGHT_STEMS):
             return snapshot
     except LocalEntryNotFoundError:
-        pass  # not cached: ask the hub
+        pass  # not cached, or not whole: ask the hub
     try:
-        return Path(get())
+        names = list_repo_files(model)
+        weights = [name for part in _WEIGHT_STEMS for name in _choose_weights(names, part, prefer_fp16)]
+        return Path(snapshot_download(model, allow_patterns=[*_HUB_CONFIGS, *weights]))
     except (HfHubHTTPError, LocalEntryNotFoundError, OfflineModeIsEnabled, OSError) as error:
         raise CheckpointError(
-            f"{model!r} is neither a path nor in the local hub cache, and it could not be downloaded ({error}); "
+            f"{model!r} is neither a path nor whole in the local hub cache, and it could not be downloaded ({error}); "
             f"on a machine that is online run `hf download {model}`"
         ) from error
 
 
-def _find_weights(folder: Path, stem: str, prefer_fp16: bool) -> list[TensorFile]:
-    """The safetensors files of a component: plain or fp16 variant, whole or sharded."""
+def _names(folder: Path) -> list[str]:
+    return [path.relative_to(folder).as_posix() for path in folder.rglob("*")]
+
+
+def _choose_weights(names: Sequence[str], part: str, prefer_fp16: bool) -> list[str]:
+    """Of a repository's files, the ones that hold a component: plain or fp16 variant, whole or sharded; [] if none."""
+    stem = f"{part}/{_WEIGHT_STEMS[part]}"
     plain = (f"{stem}.safetensors", f"{stem}.safetensors.index.json")
     half = (f"{stem}.fp16.safetensors", f"{stem}.safetensors.index.fp16.json", f"{stem}.fp16.safetensors.index.json")
     for name in (*half, *plain) if prefer_fp16 else (*plain, *half):
-        path = folder / name
-        if path.is_file():
-            return _open_shards(path) if path.suffix == ".json" else [TensorFile(path)]
-    for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.ckpt")):
+        if name in names and not name.endswith(".json"):
+            return [name]
+        if name in names:
+            is_half = ".fp16" in name
+            return [name, *(n for n in names if n.startswith(stem) and "-of-" in n and (".fp16" in n) == is_half)]
+    return []
+
+
+def _find_weights(folder: Path, part: str, prefer_fp16: bool) -> list[TensorFile]:
+    """The safetensors files of a component."""
+    chosen = _choose_weights(_names(folder), part, prefer_fp16)
+    if chosen:
+        path = folder / chosen[0]
+        return _open_shards(path) if path.suffix == ".json" else [TensorFile(path)]
+    for path in sorted((folder / part).glob("*.bin")) + sorted((folder / part).glob("*.ckpt")):
         TensorFile(path)  # raises, with the way to convert it
-    raise CheckpointError(f"{folder / plain[0]}: missing, and so is {half[0]}")
+    stem = folder / part / _WEIGHT_STEMS[part]
+    raise CheckpointError(f"{stem}.safetensors: missing, and so is its fp16 variant")
+
+
+def _find_tokenizer(folder: Path) -> Path:
+    """Check for the vocabulary: from a folder without one, transformers makes a tokenizer that knows no word."""
+    if not (folder / "tokenizer.json").is_file():
+        for name in ("vocab.json", "merges.txt"):
+            if not (folder / name).is_file():
+                raise CheckpointError(f"{folder / name}: missing; a tokenizer is vocab.json and merges.txt")
+    return folder
 
 
 def _open_shards(index: Path) -> list[TensorFile]:

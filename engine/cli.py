@@ -49,7 +49,7 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--sampler", default="ddim", help="ddim, euler, euler_ancestral, dpmpp_2m, ...")
     generate.add_argument("--eta", type=float, default=0.0, help="ddim's share of fresh noise")
     generate.add_argument("--size", type=_size, metavar="WxH", help="for example 512x768")
-    generate.add_argument("--seed", type=int, nargs="+", help="one, counted up over the images, or one per image")
+    generate.add_argument("--seed", type=_seeds, metavar="N[,N...]", help="one, counted up, or one per image: 7,8,9")
     generate.add_argument("--count", type=int, default=1, help="images per prompt")
     generate.add_argument("--image", type=Path, help="picture to start from")
     generate.add_argument("--strength", type=float, default=0.8, help="share of the schedule that redraws --image")
@@ -71,6 +71,14 @@ def _size(text: str) -> tuple[int, int]:
     return int(width), int(height)
 
 
+def _seeds(text: str) -> int | list[int]:
+    parts = text.split(",")
+    if not all(part.strip().isdecimal() for part in parts):
+        raise argparse.ArgumentTypeError(f"seed must be integers >= 0, separated by commas, got {text!r}")
+    numbers = [int(part) for part in parts]
+    return numbers[0] if len(numbers) == 1 else numbers
+
+
 def _load(arguments: argparse.Namespace) -> Engine:
     import engine
 
@@ -87,7 +95,6 @@ def _generate(arguments: argparse.Namespace) -> int:
     from PIL import Image
 
     image = None if arguments.image is None else Image.open(arguments.image)
-    seed = arguments.seed[0] if arguments.seed is not None and len(arguments.seed) == 1 else arguments.seed
     width, height = arguments.size or (None, None)
     out = _load(arguments).generate(
         arguments.prompts,
@@ -98,7 +105,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         eta=arguments.eta,
         height=height,
         width=width,
-        seed=seed,
+        seed=arguments.seed,
         images_per_prompt=arguments.count,
         image=image,
         strength=arguments.strength,
@@ -134,17 +141,22 @@ def _info(arguments: argparse.Namespace) -> int:
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows += [("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")]
     rows += [("gpu", ", ".join(gpus) or "none that torch can use")]
+    _print_rows(rows)  # before the model, which may not load
     sd = _load(arguments)
     sizes = {"unet": sd.unet, "vae": sd.vae, "text encoder": sd.text_encoder.model}
-    rows += [("model", sd.name), ("device, dtype", f"{sd.device}, {str(sd.dtype).removeprefix('torch.')}")]
+    rows = [("model", sd.name), ("device, dtype", f"{sd.device}, {str(sd.dtype).removeprefix('torch.')}")]
     rows += [(part, f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M parameters") for part, m in sizes.items()]
     for op in fields(sd.backend):
         if op.name != "name":
             function = getattr(sd.backend, op.name)
             rows.append((op.name, f"{sd.backend.name}: {function.__module__.rpartition('.')[2]}.{function.__name__}"))
+    _print_rows(rows)
+    return 0
+
+
+def _print_rows(rows: list[tuple[str, str]]) -> None:
     for name, value in rows:
         print(f"{name:<18}{value}")
-    return 0
 
 
 def _version(package: str) -> str:

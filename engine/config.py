@@ -52,11 +52,27 @@ _VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "use_post_quant_conv": (True,),
     "use_quant_conv": (True,),
 }
-_SCHEDULE_FIXED: dict[str, tuple[Any, ...]] = {
+_SCHEDULE_FIXED: dict[str, tuple[Any, ...]] = {  # of any solver: each would change what some sampler computes
+    "algorithm_type": ("dpmsolver++", "deis"),
+    "disable_corrector": ([],),
+    "euler_at_final": (False,),
+    "final_sigmas_type": ("zero",),
+    "interpolation_type": ("linear",),
+    "lower_order_final": (True,),
+    "predict_x0": (True,),
     "rescale_betas_zero_snr": (False,),
+    "sigma_max": (None,),
+    "sigma_min": (None,),
+    "solver_order": (2,),
+    "solver_type": ("midpoint", "bh2", "logrho"),
     "thresholding": (False,),
+    "timestep_scaling": (10, 10.0),
+    "timestep_type": ("discrete",),
     "use_beta_sigmas": (False, None),
     "use_exponential_sigmas": (False, None),
+    "use_flow_sigmas": (False, None),
+    "use_lu_lambdas": (False, None),
+    "variance_type": (None,),
 }
 
 
@@ -160,14 +176,14 @@ class ScheduleConfig:
     steps_offset: int = 1
     set_alpha_to_one: bool = False
     use_karras_sigmas: bool = False
-    clip_sample: bool = False  # of ddim and lcm, which refuse it: clipping belongs to pixels, not latents
     original_inference_steps: int = 50  # of latent consistency models
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], source: str = "scheduler/scheduler_config.json") -> ScheduleConfig:
-        """Read any diffusers ``scheduler_config.json``; fields that belong to one solver only are not read.
+        """Read any diffusers ``scheduler_config.json``; a field that would change a sampler's arithmetic is refused.
 
         Where the file is silent ``timestep_spacing`` is "leading" and ``steps_offset`` 1, as in SD v1.5.
+        ``clip_sample`` is not read: clipping is for pixels, and diffusers' pipeline turns it off for latents.
         """
         read = _Reader(config, source, _SCHEDULE_FIXED)
         betas = config.get("trained_betas")
@@ -182,7 +198,6 @@ class ScheduleConfig:
             steps_offset=read.size("steps_offset", 1, minimum=0),
             set_alpha_to_one=bool(config.get("set_alpha_to_one", False)),
             use_karras_sigmas=bool(config.get("use_karras_sigmas", False)),
-            clip_sample=bool(config.get("clip_sample", False)),
             original_inference_steps=read.size("original_inference_steps", 50),
         )
 

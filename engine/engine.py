@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import time
 import warnings
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
 
@@ -107,7 +107,7 @@ class Engine:
             callback: ``callback(step, total, latents)`` after every step, counted from 0; returning False cancels, and
                 the result then has no images.
             progress: show a progress bar.
-            vae_slicing, vae_tiling: decode image by image, or tile by tile; see ``AutoencoderKL.decode``.
+            vae_slicing, vae_tiling: run the VAE image by image, or tile by tile; see ``AutoencoderKL.decode``.
 
         Raises:
             ValueError: an argument cannot be honoured; the message gives the rule and the value.
@@ -176,10 +176,13 @@ class Engine:
         generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
 
         def draw() -> Tensor:
-            return torch.stack([torch.randn(shape, generator=generator) for generator in generators]).to(self.device)
+            noise = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
+            return torch.stack(noise).to(self.device)
 
-        if request.image is not None:
-            mean, std = self.vae.posterior(request.image.to(self.device))
+        image = request.image
+        if image is not None:
+            options = (request.vae_slicing, request.vae_tiling)
+            mean, std = self._run_vae("encoder", lambda vae: vae.posterior(image.to(self.device), *options))
             clean = (mean.float() + std.float() * draw()) * self.vae.config.scaling_factor
             x = table.image_scale * clean + table.image_noise * draw()
         else:
@@ -189,27 +192,28 @@ class Engine:
     def _pictures(self, request: Request, x: Tensor) -> Any:
         if request.output == "latent":
             return x
-        decoded = self._decode(x / self.vae.config.scaling_factor, request)
+        latents, options = x / self.vae.config.scaling_factor, (request.vae_slicing, request.vae_tiling)
+        (decoded,) = self._run_vae("decoder", lambda vae: (vae.decode(latents, *options),))
         pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         if request.output == "numpy":
             return pixels
         return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in pixels]
 
-    def _decode(self, latents: Tensor, request: Request) -> Tensor:
-        """Decode; a float16 VAE that overflows is tried once more in float32."""
-        decoded = self.vae.decode(latents, request.vae_slicing, request.vae_tiling)
-        if torch.isfinite(decoded).all():
-            return decoded
+    def _run_vae(self, part: str, run: Callable[[AutoencoderKL], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
+        """Run the VAE and check what it gives; one that overflows in float16 is tried once more in float32."""
+        results = run(self.vae)
+        if _all_finite(results):
+            return results
         if self.dtype == torch.float16:
-            warnings.warn("the VAE overflowed in float16; decoding again in float32", RuntimeWarning, stacklevel=4)
+            warnings.warn(f"the VAE {part} overflowed in float16; trying float32", RuntimeWarning, stacklevel=5)
             with torch.device("meta"):
                 exact = AutoencoderKL(self.vae.config, self.backend)
             weights = {name: weight.float() for name, weight in self.vae.state_dict().items()}
             exact.load_state_dict(weights, assign=True)
-            decoded = exact.decode(latents, request.vae_slicing, request.vae_tiling)
-        if not torch.isfinite(decoded).all():
-            raise NonFiniteError(f"the VAE decoder produced NaN or infinity in {self.dtype}; try dtype='float32'")
-        return decoded
+            results = run(exact)
+        if not _all_finite(results):
+            raise NonFiniteError(f"the VAE {part} produced NaN or infinity in {self.dtype}; try dtype='float32'")
+        return results
 
     def _settings(self, request: Request) -> dict[str, Any]:
         return {
@@ -242,7 +246,8 @@ class _Steps:
 
     def __call__(self, i: int, latents: Tensor) -> bool:
         self.bar.update()
-        self.cancelled = self.callback is not None and self.callback(i, self.total, latents) is False
+        answer = None if self.callback is None else self.callback(i, self.total, latents)
+        self.cancelled = answer is not None and not answer
         return not self.cancelled
 
 
@@ -253,7 +258,7 @@ class _StageClock:
         self.device, self.stages, self.start = device, {}, time.perf_counter()
 
     @contextmanager
-    def __call__(self, stage: str):
+    def __call__(self, stage: str) -> Iterator[None]:
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
@@ -262,6 +267,10 @@ class _StageClock:
 
     def seconds(self) -> dict[str, float]:
         return self.stages | {"total": time.perf_counter() - self.start}
+
+
+def _all_finite(tensors: tuple[Tensor, ...]) -> bool:
+    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def _check_finite(finite: Tensor, table: SamplerTable) -> None:

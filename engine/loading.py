@@ -12,6 +12,7 @@ import torch
 
 from .checkpoint import Checkpoint, open_checkpoint
 from .engine import Engine
+from .errors import CheckpointError
 from .ops import TORCH, TRITON, Ops
 from .request import check_choice
 from .result import Result
@@ -53,16 +54,28 @@ def load(
         raise RuntimeError(f"backend 'triton' needs a CUDA device, got {where}; use backend='torch'")
     kind = _dtype(dtype, where)
     checkpoint = open_checkpoint(model, config, prefer_fp16=kind == torch.float16)
+    _check_fit(checkpoint)
     with torch.device("meta"):
         unet = UNet2DConditionModel(checkpoint.unet_config, ops)
         vae = AutoencoderKL(checkpoint.vae_config, ops)
     text_encoder = _load_text_encoder(checkpoint, where, kind)
-    if text_encoder.width != checkpoint.unet_config.cross_attention_dim:
-        width = checkpoint.unet_config.cross_attention_dim
-        raise ValueError(f"the text encoder's width must be the UNet's {width}, got {text_encoder.width}")
     load_module(unet, checkpoint.unet, where, kind)
     load_module(vae, checkpoint.vae, where, kind)
     return Engine(checkpoint.name, unet, vae, text_encoder, checkpoint.schedule, ops)
+
+
+def _check_fit(checkpoint: Checkpoint) -> None:
+    """Refuse components that do not belong together, such as an inpainting UNet with its nine input channels."""
+    unet, vae = checkpoint.unet_config, checkpoint.vae_config
+    for name, found, expected in (
+        ("the UNet's in_channels", unet.in_channels, vae.latent_channels),
+        ("the UNet's out_channels", unet.out_channels, vae.latent_channels),
+        ("the VAE's in_channels", vae.in_channels, 3),
+        ("the VAE's out_channels", vae.out_channels, 3),
+        ("the text encoder's hidden_size", checkpoint.text_config.get("hidden_size"), unet.cross_attention_dim),
+    ):
+        if found != expected:
+            raise CheckpointError(f"{checkpoint.name}: {name} must be {expected} to fit the rest, got {found}")
 
 
 def _load_text_encoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> TextEncoder:

@@ -89,6 +89,9 @@ def make_request(
     if len(negatives) != len(prompts):
         raise ValueError(f"negative_prompt must be one text or one per prompt ({len(prompts)}), got {len(negatives)}")
     n_images = len(prompts) * per_prompt
+    guidance_scale = check_number("guidance_scale", guidance_scale, 1.0)
+    if guidance_scale == 1 and any(negatives):
+        raise ValueError(f"negative_prompt needs a guidance_scale above 1, which it acts through, got {negatives}")
     check_choice("sampler", sampler, tuple(SAMPLERS))
     steps = check_integer("steps", steps, 1, limits.num_train_timesteps)
     eta = check_number("eta", eta, 0.0, 1.0)
@@ -101,6 +104,8 @@ def make_request(
         raise ValueError("give image or latents, not both: each says where the picture starts")
     if customization is not None:
         raise ValueError(f"customization must be None: this version has no customisation yet, got {customization!r}")
+    if output == "latent" and image is None and (vae_slicing or vae_tiling):
+        raise ValueError("vae_slicing and vae_tiling belong to the VAE, which output='latent' does not run")
     if callback is not None and not callable(callback):
         raise ValueError(f"callback must be callable as callback(step, total, latents), got {callback!r}")
     pictures = None if image is None else _pictures(image, n_images, per_prompt)
@@ -114,7 +119,7 @@ def make_request(
         seeds=_seeds(seed, n_images),
         steps=steps,
         begin=begin,
-        guidance_scale=check_number("guidance_scale", guidance_scale, 1.0),
+        guidance_scale=guidance_scale,
         sampler=sampler,
         eta=eta,
         height=height,

@@ -34,7 +34,7 @@ class Result:
             latents. Empty if the request was cancelled.
         latents: (B, 4, h, w) float32 final latents, scaled as the UNet sees them.
         seeds: one per image.
-        settings: everything needed to draw the pictures again; JSON-serialisable.
+        settings: the request as it was honoured, JSON-serialisable; pictures and latents given to it are not included.
         timings: seconds per stage ("text", "encode", "denoise", "decode", "total").
         foundation_images: the foundation pipeline's pictures, where a customisation has one.
         cancelled: whether a callback ended the request early.

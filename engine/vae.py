@@ -128,13 +128,13 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
-    def posterior(self, images: Tensor) -> tuple[Tensor, Tensor]:
-        """Mean and standard deviation of the latents' Gaussian, unscaled, each (B, 4, h, w)."""
+    def posterior(self, images: Tensor, slicing: bool = False, tiling: bool = False) -> tuple[Tensor, Tensor]:
+        """Mean and standard deviation of the latents' Gaussian, unscaled, each (B, 4, h, w); flags as in ``decode``."""
         factor = self.config.factor
         if images.ndim != 4 or images.shape[1] != self.config.in_channels or any(n % factor for n in images.shape[2:]):
             rule = f"images must be (B, {self.config.in_channels}, H, W) with H and W multiples of {factor}"
             raise ValueError(f"{rule}, got {tuple(images.shape)}")
-        moments = self.quant_conv(self.encoder(images.to(self.quant_conv.weight.dtype)))
+        moments = self._run(self._moments, images, (factor, 1), slicing, tiling)
         mean, log_variance = moments.chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
 
@@ -153,29 +153,43 @@ class AutoencoderKL(nn.Module):
         """
         if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
             raise ValueError(f"latents must be (B, {self.config.latent_channels}, h, w), got {tuple(latents.shape)}")
-        decode = self._decode_tiled if tiling else self._decode
-        latents = latents.to(self.post_quant_conv.weight.dtype)
-        return torch.cat([decode(row) for row in latents.split(1)]) if slicing else decode(latents)
+        return self._run(self._pixels, latents, (1, self.config.factor), slicing, tiling)
 
-    def _decode(self, latents: Tensor) -> Tensor:
+    def _moments(self, images: Tensor) -> Tensor:
+        return self.quant_conv(self.encoder(images))
+
+    def _pixels(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents))
 
-    def _decode_tiled(self, latents: Tensor) -> Tensor:
-        return blend_tiles(latents, self._decode, self.config.factor, self.config.out_channels)
+    def _run(
+        self, network: Callable[[Tensor], Tensor], x: Tensor, units: tuple[int, int], slicing: bool, tiling: bool
+    ) -> Tensor:
+        x = x.to(self.quant_conv.weight.dtype)
+        rows = x.split(1) if slicing else [x]
+        return torch.cat([blend_tiles(network, row, units) if tiling else network(row) for row in rows])
 
 
-def blend_tiles(latents: Tensor, decode: Callable[[Tensor], Tensor], factor: int, channels: int) -> Tensor:
-    """Decode overlapping tiles and average them with weights that fall linearly to the tiles' edges."""
-    B, _, height, width = latents.shape
-    total = latents.new_zeros(B, channels, height * factor, width * factor)
-    weight = latents.new_zeros(1, 1, height * factor, width * factor)
+def blend_tiles(network: Callable[[Tensor], Tensor], x: Tensor, units: tuple[int, int]) -> Tensor:
+    """Run a network on overlapping tiles and average its results with weights that fall linearly to the tiles' edges.
+
+    Args:
+        network: a map that changes height and width by the ratio of ``units``.
+        x: (B, C, h, w).
+        units: how many positions of the input and of the output make one latent position.
+    """
+    unit_in, unit_out = units
+    height, width = (n // unit_in for n in x.shape[2:])
+    total = weight = x.new_zeros(())
     for top in _tile_starts(height):
         for left in _tile_starts(width):
-            tile = decode(latents[:, :, top : top + _TILE, left : left + _TILE])
-            h, w = tile.shape[-2:]
-            ramp_h, ramp_w = (_ramp(n, _OVERLAP * factor).to(tile) for n in (h, w))
-            ramp = ramp_h[:, None] * ramp_w
-            rows, cols = slice(top * factor, top * factor + h), slice(left * factor, left * factor + w)
+            rows, cols = slice(top * unit_in, (top + _TILE) * unit_in), slice(left * unit_in, (left + _TILE) * unit_in)
+            tile = network(x[:, :, rows, cols])
+            if not total.ndim:
+                total = tile.new_zeros(*tile.shape[:2], height * unit_out, width * unit_out)
+                weight = torch.zeros_like(total[:1, :1])
+            h, w = tile.shape[2:]
+            ramp = (_ramp(h, unit_out)[:, None] * _ramp(w, unit_out)).to(tile)
+            rows, cols = slice(top * unit_out, top * unit_out + h), slice(left * unit_out, left * unit_out + w)
             total[:, :, rows, cols] += tile * ramp
             weight[:, :, rows, cols] += ramp
     return total / weight
@@ -188,8 +202,8 @@ def _tile_starts(length: int) -> list[int]:
     return [*range(0, length - _TILE, _TILE - _OVERLAP), length - _TILE]
 
 
-def _ramp(length: int, overlap: int) -> Tensor:
-    """Weights that rise over ``overlap`` samples at both ends, positive everywhere."""
-    distance = torch.arange(length, dtype=torch.float32)
+def _ramp(length: int, unit: int) -> Tensor:
+    """Weights that rise over the overlap at both ends, positive everywhere."""
+    distance = torch.arange(length, dtype=torch.float32, device="cpu")
     distance = torch.minimum(distance, distance.flip(0)) + 1
-    return (distance / overlap).clamp(max=1.0)
+    return (distance / (_OVERLAP * unit)).clamp(max=1.0)

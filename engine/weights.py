@@ -29,10 +29,16 @@ _DTYPES = {
 }
 _FLOATS = ("F64", "F32", "F16", "BF16")
 _MAX_HEADER_BYTES = 100_000_000  # the safetensors format's own limit
-_PICKLE_ADVICE = (
-    "pickle files can run code when read; convert it first, in a sandbox, with "
-    '`safetensors.torch.save_file(torch.load("{name}", weights_only=True), "model.safetensors")`'
-)
+_PICKLE_ADVICE = """pickle files can run code when read; convert it first:
+    import torch
+    from safetensors.torch import save_file
+    state = torch.load("{name}", map_location="cpu", weights_only=True)
+    state = state.get("state_dict", state)
+    save_file({{k: v.contiguous() for k, v in state.items() if torch.is_tensor(v)}}, "{target}")"""
+_PICKLES = {
+    "diffusion_pytorch_model.bin": "diffusion_pytorch_model.safetensors",
+    "pytorch_model.bin": "model.safetensors",
+}
 
 
 @dataclass(frozen=True, slots=True)
@@ -49,7 +55,8 @@ class TensorFile:
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.suffix in (".ckpt", ".bin", ".pt", ".pth"):
-            raise CheckpointError(f"{path}: {_PICKLE_ADVICE.format(name=path.name)}")
+            target = _PICKLES.get(path.name, f"{path.stem}.safetensors")
+            raise CheckpointError(f"{path}: {_PICKLE_ADVICE.format(name=path.name, target=target)}")
         self.entries = self._read_header()
 
     def _read_header(self) -> dict[str, _Entry]:
@@ -72,11 +79,14 @@ class TensorFile:
         except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise CheckpointError(f"{self.path}: the safetensors header cannot be read: {error!r}") from error
         for name, entry in entries.items():
-            self._check_entry(name, entry, size)
+            self._check_entry(name, entry, 8 + length, size)
         return entries
 
-    def _check_entry(self, name: str, entry: _Entry, size: int) -> None:
-        if entry.dtype not in _DTYPES:
+    def _check_entry(self, name: str, entry: _Entry, first: int, size: int) -> None:
+        numbers = (*entry.shape, entry.start - first, entry.end - first)
+        if any(not isinstance(number, int) or number < 0 for number in numbers):
+            raise CheckpointError(f"{self.path}: {name}: shape and offsets must be integers >= 0, found {numbers}")
+        if not isinstance(entry.dtype, str) or entry.dtype not in _DTYPES:
             raise CheckpointError(f"{self.path}: {name} has dtype {entry.dtype}, expected one of {', '.join(_DTYPES)}")
         expected = math.prod(entry.shape) * _DTYPES[entry.dtype].itemsize
         if entry.end - entry.start != expected:
@@ -88,7 +98,7 @@ class TensorFile:
     def read(self, name: str) -> Tensor:
         """Read one tensor, in the file's dtype, on the CPU."""
         entry = self.entries[name]
-        tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype])
+        tensor = torch.empty(entry.shape, dtype=_DTYPES[entry.dtype], device="cpu")
         view = tensor.flatten().view(torch.uint8).numpy().data if tensor.numel() else memoryview(b"")
         with self.path.open("rb", buffering=0) as file:
             file.seek(entry.start)

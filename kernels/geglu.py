@@ -3,6 +3,9 @@
 The kernel forms the product in float32 and rounds once.
 """
 
+# pyright: reportArgumentType=false
+# (triton declares constexpr arguments as objects; launches pass plain numbers)
+
 from __future__ import annotations
 
 import torch
@@ -40,7 +43,8 @@ def geglu_triton(x: Tensor) -> Tensor:
     y = x.new_empty(*x.shape[:-1], x.shape[-1] // 2)
     n_cols = y.shape[-1]
     if y.numel():
-        _geglu_fwd_kernel[(y.numel() // n_cols, triton.cdiv(n_cols, _BLOCK))](x, y, n_cols, BLOCK=_BLOCK)
+        with torch.cuda.device_of(x):  # Triton launches on the current device
+            _geglu_fwd_kernel[(y.numel() // n_cols, triton.cdiv(n_cols, _BLOCK))](x, y, n_cols, BLOCK=_BLOCK)
     return y
 
 

@@ -6,6 +6,9 @@ group would leave most of a GPU idle, so statistics are taken in three launches:
 variance formula (Chan, Golub and LeVeque 1979) into one scale and shift per row and channel, and applied.
 """
 
+# pyright: reportArgumentType=false
+# (triton declares constexpr arguments as objects; launches pass plain numbers)
+
 from __future__ import annotations
 
 import torch
@@ -105,12 +108,13 @@ def group_norm_silu_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int,
     mean, m2 = x.new_empty(2, B, n_chunks, C, dtype=torch.float32).unbind(0)
     scale, shift = x.new_empty(2, B, C, dtype=torch.float32).unbind(0)
     tiles = (n_chunks, triton.cdiv(C, _BLOCK_C), B)
-    _group_norm_stats_kernel[tiles](x, mean, m2, N, C, BLOCK_N=_BLOCK_N, BLOCK_C=_BLOCK_C)
-    _group_norm_combine_kernel[(groups, B)](
-        mean, m2, weight, bias, scale, shift, N, C, n_chunks, eps,
-        GROUP=group, BLOCK_N=_BLOCK_N, BLOCK_G=triton.next_power_of_2(group), BLOCK_CHUNKS=_BLOCK_CHUNKS,
-    )  # fmt: skip
-    _group_norm_silu_apply_kernel[tiles](x, scale, shift, y, N, C, BLOCK_N=_BLOCK_N, BLOCK_C=_BLOCK_C)
+    with torch.cuda.device_of(x):  # Triton launches on the current device
+        _group_norm_stats_kernel[tiles](x, mean, m2, N, C, BLOCK_N=_BLOCK_N, BLOCK_C=_BLOCK_C)
+        _group_norm_combine_kernel[(groups, B)](
+            mean, m2, weight, bias, scale, shift, N, C, n_chunks, eps,
+            GROUP=group, BLOCK_N=_BLOCK_N, BLOCK_G=triton.next_power_of_2(group), BLOCK_CHUNKS=_BLOCK_CHUNKS,
+        )  # fmt: skip
+        _group_norm_silu_apply_kernel[tiles](x, scale, shift, y, N, C, BLOCK_N=_BLOCK_N, BLOCK_C=_BLOCK_C)
     return y
 
 

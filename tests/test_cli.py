@@ -33,6 +33,15 @@ def test_errors_are_one_line(small_folder: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["generate", "a cat", "--size", "512"])
     assert "size must be WIDTHxHEIGHT" in capsys.readouterr().err
+    with pytest.raises(SystemExit):
+        main(["generate", "a cat", "--seed", "-1"])
+    assert "seed must be integers >= 0" in capsys.readouterr().err
+
+
+def test_seeds(small_folder: Path, tmp_path: Path) -> None:
+    command = ["generate", "--seed", "9,4", "a cat", "a dog", "--model", str(small_folder), "--steps", "1", "--quiet"]
+    assert main([*command, "--out", str(tmp_path)]) == 0
+    assert sorted(path.name for path in tmp_path.iterdir()) == ["00000-9.png", "00001-4.png"]
 
 
 def test_info(small_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:

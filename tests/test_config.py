@@ -83,6 +83,10 @@ def test_schedule_where_the_file_is_silent() -> None:
     ("change", "message"),
     [
         ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"use_lu_lambdas": True}, "use_lu_lambdas must be False"),
+        ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type must be 'dpmsolver"),
+        ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type must be 'zero'"),
+        ({"sigma_max": 10.0}, "sigma_max must be None"),
         ({"prediction_type": "flow"}, "prediction_type must be one of epsilon"),
         ({"beta_schedule": "sigmoid"}, "beta_schedule must be one of"),
     ],

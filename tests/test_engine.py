@@ -145,6 +145,29 @@ def test_nan_from_the_vae_is_an_error_not_a_black_picture(small_folder) -> None:
         sd.generate("a cat", **_FAST)
 
 
+def test_nan_from_the_vae_encoder_is_not_blamed_on_the_unet(small_folder) -> None:
+    sd = engine.load(small_folder)
+    bias = sd.vae.encoder.conv_in.bias
+    sd.vae.encoder.conv_in.bias = torch.nn.Parameter(torch.full_like(bias, torch.nan), requires_grad=False)
+    with pytest.raises(engine.NonFiniteError, match="VAE encoder"):
+        sd.generate("a cat", image=Image.new("RGB", (16, 16)), **_FAST)
+
+
+@pytest.mark.parametrize("answer", [False, np.False_, torch.tensor(False), 0])
+def test_any_false_answer_cancels(small: engine.Engine, answer) -> None:
+    assert small.generate("a cat", callback=lambda *_: answer, **_FAST).cancelled
+
+
+def test_global_torch_defaults_do_not_change_a_picture(small: engine.Engine) -> None:
+    expected = small.generate("a cat", seed=0, sampler="euler_ancestral", **_FAST)
+    torch.set_default_dtype(torch.float64)
+    try:
+        actual = small.generate("a cat", seed=0, sampler="euler_ancestral", **_FAST)
+    finally:
+        torch.set_default_dtype(torch.float32)
+    assert relative_error(actual.latents, expected.latents) <= 1e-6
+
+
 def test_float16_vae_that_overflows_is_decoded_again_in_float32(small_folder) -> None:
     with pytest.warns(RuntimeWarning, match="float16 is about 1000 times slower"):
         sd = engine.load(small_folder, dtype="float16")
@@ -153,7 +176,7 @@ def test_float16_vae_that_overflows_is_decoded_again_in_float32(small_folder) ->
         weight = vae.decoder.conv_in.weight  # far beyond float16 after the first convolution; normalised away later
         vae.decoder.conv_in.weight = torch.nn.Parameter(weight * 3e4, requires_grad=False)
     latents = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(0))
-    with pytest.warns(RuntimeWarning, match="the VAE overflowed in float16"):
+    with pytest.warns(RuntimeWarning, match="the VAE decoder overflowed in float16"):
         out = sd.generate("a cat", latents=latents, steps=1, output="numpy", progress=False)
     scale = exact.vae.config.scaling_factor
     expected = (exact.vae.decode(out.latents / scale) / 2 + 0.5).clamp(0, 1)[0].permute(1, 2, 0).numpy()

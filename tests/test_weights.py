@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 import engine
+from engine.checkpoint import _choose_weights
 from engine.errors import CheckpointError
 from engine.weights import TensorFile, WeightSource, load_module
 from tests.pipelines import make_pipeline, relative_error, save_pipeline
@@ -103,6 +104,10 @@ def test_other_files_renamed(folder: Path, content: bytes, message: str) -> None
         ({"dtype": "F32", "shape": [4], "data_offsets": [0, 8]}, "must hold 16 bytes, found 8"),
         ({"dtype": "F32", "shape": [4]}, "header cannot be read"),
         ({"dtype": "F32", "shape": [400], "data_offsets": [0, 1600]}, "truncated"),
+        ({"dtype": "F32", "shape": [4], "data_offsets": [-16, 0]}, "must be integers >= 0"),
+        ({"dtype": "F32", "shape": [-4], "data_offsets": [0, 16]}, "must be integers >= 0"),
+        ({"dtype": "F32", "shape": [4.0], "data_offsets": [0, 16]}, "must be integers >= 0"),
+        ({"dtype": ["F32"], "shape": [4], "data_offsets": [0, 16]}, "dtype"),
     ],
 )
 def test_headers_are_checked(tmp_path: Path, entry: dict, message: str) -> None:
@@ -117,7 +122,7 @@ def test_headers_are_checked(tmp_path: Path, entry: dict, message: str) -> None:
 def test_pickles_are_refused_with_advice(folder: Path, tmp_path: Path, suffix: str) -> None:
     path = tmp_path / f"model{suffix}"
     path.write_bytes(b"\x80\x02}q\x00.")
-    with pytest.raises(CheckpointError, match=r"convert it first.*safetensors.torch.save_file"):
+    with pytest.raises(CheckpointError, match=r"(?s)convert it first.*torch.load\(.*save_file"):
         engine.load(path)
     (folder / _UNET_FILE).rename(folder / "unet/diffusion_pytorch_model.bin")
     with pytest.raises(CheckpointError, match="convert it first"):
@@ -188,7 +193,7 @@ def test_names_of_older_libraries(folder: Path, small: engine.Engine) -> None:
 def test_text_width_must_fit_the_unet(folder: Path) -> None:
     config = json.loads((folder / "unet/config.json").read_text())
     (folder / "unet/config.json").write_text(json.dumps(config | {"cross_attention_dim": 48}))
-    with pytest.raises(ValueError, match="text encoder's width must be the UNet's 48, got 32"):
+    with pytest.raises(ValueError, match="text encoder's hidden_size must be 48 to fit the rest, got 32"):
         engine.load(folder)
 
 
@@ -197,23 +202,75 @@ def test_neither_path_nor_hub_id() -> None:
         engine.load("/nowhere/at/all")
 
 
-def test_hub_id_from_the_local_cache(small_folder: Path, tmp_path: Path) -> None:
-    """A hub id is served from the cache, offline; one that is not there says how to get it."""
-    snapshot = tmp_path / "hub/models--team--tiny/snapshots/abc"
-    shutil.copytree(small_folder, snapshot)
-    refs = tmp_path / "hub/models--team--tiny/refs"
-    refs.mkdir()
-    (refs / "main").write_text("abc")
+def _hub(snapshot: Path) -> dict[str, str]:
+    """Lay a cached snapshot out as the hub does, and return the environment that serves it, offline."""
+    root = snapshot.parent.parent
+    (root / "refs").mkdir(exist_ok=True)
+    (root / "refs/main").write_text(snapshot.name)
+    cache = str(root.parent)
+    return {"HF_HUB_CACHE": cache, "HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONPATH": "."}
+
+
+def _load_each(environment: dict[str, str], *models: str) -> list[str]:
     code = (
-        "import engine\n"
-        "print(engine.load('team/tiny').name)\n"
-        "try:\n    engine.load('team/other')\nexcept engine.CheckpointError as error:\n    print(error)\n"
+        "import sys, engine\n"
+        "for model in sys.argv[1:]:\n"
+        "    try:\n        print(engine.load(model).name)\n"
+        "    except engine.CheckpointError as error:\n        print(error)\n"
     )
-    environment = {"HF_HUB_CACHE": str(tmp_path / "hub"), "HF_HUB_OFFLINE": "1", "PATH": "", "PYTHONPATH": "."}
-    done = subprocess.run([sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True)
-    lines = done.stdout.splitlines()
+    command = [sys.executable, "-c", code, *models]
+    return subprocess.run(command, env=environment, capture_output=True, text=True, check=True).stdout.splitlines()
+
+
+def test_hub_id_from_the_local_cache(small_folder: Path, tmp_path: Path) -> None:
+    """A hub id is served from the cache, offline, even if variants it has no need of were never downloaded."""
+    snapshot = tmp_path / "models--team--tiny/snapshots/0123456789012345678901234567890123456789"
+    shutil.copytree(small_folder, snapshot)
+    (snapshot / "safety_checker").mkdir()
+    partial = tmp_path / "models--team--partial/snapshots/0123456789012345678901234567890123456789"
+    shutil.copytree(small_folder, partial)
+    (partial / "vae/diffusion_pytorch_model.safetensors").unlink()
+    _hub(partial)
+    lines = _load_each(_hub(snapshot), "team/tiny", "team/other", "team/partial")
     assert lines[0] == "team/tiny"
     assert "hf download team/other" in lines[1]
+    assert "hf download team/partial" in lines[2]
+
+
+@pytest.mark.parametrize(
+    ("prefer_fp16", "names", "chosen"),
+    [
+        (False, ["m.safetensors", "m.fp16.safetensors", "m.non_ema.safetensors"], ["m.safetensors"]),
+        (True, ["m.safetensors", "m.fp16.safetensors"], ["m.fp16.safetensors"]),
+        (True, ["m.safetensors"], ["m.safetensors"]),
+        (False, ["m.fp16.safetensors"], ["m.fp16.safetensors"]),
+        (
+            False,
+            ["m.safetensors.index.json", "m-00001-of-2.safetensors", "m-00001-of-2.fp16.safetensors"],
+            ["m.safetensors.index.json", "m-00001-of-2.safetensors"],
+        ),
+        (False, ["m.bin"], []),
+    ],
+)
+def test_one_variant_is_chosen(prefer_fp16: bool, names: list[str], chosen: list[str]) -> None:
+    def full(short: list[str]) -> list[str]:
+        return [f"unet/diffusion_pytorch_model{name[1:]}" for name in short]
+
+    assert _choose_weights(full(names), "unet", prefer_fp16) == full(chosen)
+
+
+def test_components_must_fit(folder: Path) -> None:
+    config = json.loads((folder / "unet/config.json").read_text())
+    (folder / "unet/config.json").write_text(json.dumps(config | {"in_channels": 9}))
+    with pytest.raises(CheckpointError, match="the UNet's in_channels must be 4 to fit the rest, got 9"):
+        engine.load(folder)
+
+
+def test_a_tokenizer_without_vocabulary_is_refused(folder: Path) -> None:
+    for name in ("vocab.json", "merges.txt", "tokenizer.json"):
+        (folder / "tokenizer" / name).unlink(missing_ok=True)
+    with pytest.raises(CheckpointError, match=r"vocab.json: missing; a tokenizer is"):
+        engine.load(folder)
 
 
 def test_peak_memory_is_the_weights(tmp_path: Path) -> None:

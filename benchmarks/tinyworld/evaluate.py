@@ -219,7 +219,8 @@ def main() -> None:
 
     model = engine.load(arguments.model)
     names = ("prompts", "guidance_scale", "steps", "sampler", "seed")
-    settings = {"model": model.name} | {name: getattr(arguments, name) for name in names}
+    settings = {name: getattr(arguments, name) for name in names}
+    settings |= {"model": model.name, "device": str(model.device), "dtype": str(model.dtype)}
     results, frames = evaluate(model, load_evaluator(arguments.evaluator), settings)
     print(table(results))
     if arguments.out:

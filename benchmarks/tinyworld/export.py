@@ -6,7 +6,6 @@ how the files were made.
 
 import argparse
 import json
-import subprocess
 from pathlib import Path
 from typing import Any
 
@@ -87,12 +86,11 @@ def _write_tokenizer(folder: Path, tokenizer: CLIPTokenizer) -> None:
 
 
 def _made(vae_state: dict[str, Any], unet_state: dict[str, Any], pictures: int) -> dict[str, Any]:
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    parts = {
-        name: {"steps": state["step"], "samples": state["samples"], "minutes": round(state["seconds"] / 60, 1)}
-        for name, state in (("vae", vae_state), ("unet_and_text_encoder", unet_state))
-    }
-    return {"commit": commit, "device": "cpu, 2 threads", "torch": torch.__version__, "pictures": pictures} | parts
+    parts = {}
+    for name, state in (("vae", vae_state), ("unet_and_text_encoder", unet_state)):
+        spent = {"steps": state["step"], "samples": state["samples"], "minutes": round(state["seconds"] / 60, 1)}
+        parts[name] = spent | state["made"]
+    return {"pictures_encoded": pictures} | parts
 
 
 def _json(path: Path, value: Any) -> None:

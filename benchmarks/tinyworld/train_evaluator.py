@@ -44,7 +44,7 @@ def losses(logits: Logits, scenes: list[Scene]) -> dict[str, Tensor]:
     nouns = torch.tensor([NOUNS.index(thing.object) for _, thing in places])
     present = torch.zeros_like(logits.objects)
     present[rows, nouns] = 1
-    loss = {"object": 4 * F.binary_cross_entropy_with_logits(logits.objects, present)}
+    loss = {"object": 6 * F.binary_cross_entropy_with_logits(logits.objects, present)}
     for name, choices in THING_CHOICES.items():
         targets = [choices.index(getattr(thing, name)) for _, thing in places]
         if name == "facing":
@@ -72,7 +72,7 @@ def soften(pictures: Tensor, generator: torch.Generator) -> Tensor:
     pictures = F.adaptive_avg_pool2d(pictures, SIDE_PX)
     quarters = list(pictures.tensor_split(4))
     for i, quarter in enumerate(quarters[:3]):
-        small = int(torch.randint(20, 50, (), generator=generator))
+        small = int(torch.randint(32, 60, (), generator=generator))
         softened = F.interpolate(quarter, size=small, mode="bilinear", antialias=i > 0)
         quarters[i] = F.interpolate(softened, size=SIDE_PX, mode="bicubic" if i == 2 else "bilinear")
     pictures = torch.cat(quarters)
@@ -100,7 +100,7 @@ def train(folder: Path, minutes: float, batch: int, peak_rate: float) -> None:
     torch.manual_seed(0)
     model = Evaluator()
     optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
-    ema = EMA(model, 0.99)
+    ema = EMA(model, 0.995)
     run = Run(folder, "evaluator", minutes, {"model": model, "optimizer": optimizer, "ema": ema})
     check_pictures = pictures_at(range(500), HELD_OUT_SEED)
     check_scenes = [scene_at(index, HELD_OUT_SEED) for index in range(500)]
@@ -144,8 +144,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--out", type=Path, required=True, help="folder for checkpoint, log and weights")
     parser.add_argument("--minutes", type=float, default=8.0, help="length of the whole run, earlier parts included")
-    parser.add_argument("--batch", type=int, default=128)
-    parser.add_argument("--rate", type=float, default=3e-3, help="peak learning rate")
+    parser.add_argument("--batch", type=int, default=64)
+    parser.add_argument("--rate", type=float, default=2e-3, help="peak learning rate")
     parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="CPU threads")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)

@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -82,7 +83,7 @@ class Run:
     def save(self) -> None:
         """Write the checkpoint through a temporary file, so that a kill leaves the old one whole."""
         state = {name: _state(part) for name, part in self.parts.items()}
-        state |= {"step": self.step, "samples": self.samples, "seconds": self.seconds}
+        state |= {"step": self.step, "samples": self.samples, "seconds": self.seconds, "made": _made()}
         temporary = self.path.with_suffix(".tmp")
         torch.save(state, temporary)
         temporary.replace(self.path)
@@ -94,6 +95,12 @@ class Run:
         with self.log_path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(record, flush=True)
+
+
+def _made() -> dict[str, str | int]:
+    """Where this run is running."""
+    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
+    return {"commit": commit, "device": f"cpu, {torch.get_num_threads()} threads", "torch": str(torch.__version__)}
 
 
 def _state(part: Any) -> Any:

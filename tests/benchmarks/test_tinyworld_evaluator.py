@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor
 
-from benchmarks.tinyworld.data import pictures_at, scene_at
+from benchmarks.tinyworld.data import HELD_OUT_SEED, pictures_at, scene_at
 from benchmarks.tinyworld.evaluate import PROMPTED, interval, judge, psnr_db, score, summary, table
 from benchmarks.tinyworld.evaluator import (
     NOUNS,
@@ -168,6 +168,13 @@ def test_weights_survive_a_file(evaluator: Evaluator, pictures: Tensor, tmp_path
     loaded = load_evaluator(path)
     assert {weight.dtype for weight in loaded.state_dict().values()} == {torch.float32}
     torch.testing.assert_close(loaded.embed_pictures(pictures), evaluator.embed_pictures(pictures), atol=2e-3, rtol=0)
+
+
+def test_the_shipped_weights_know_the_world():
+    scenes = [scene_at(index, HELD_OUT_SEED) for index in range(100)]
+    found = summary(score(pictures_at(range(100), HELD_OUT_SEED), scenes, load_evaluator()))
+    for name in ("object", "colour", "background", "style"):
+        assert found[name]["accuracy"] >= 0.97, name
 
 
 def test_every_attribute_is_trained(pictures: Tensor):

@@ -133,16 +133,6 @@ def test_rows_may_be_at_different_steps(name: str) -> None:
         torch.testing.assert_close(kept[:, rows], kept_alone, rtol=1e-6, atol=1e-6)
 
 
-@pytest.mark.parametrize("name", SAMPLERS)
-def test_clipping_is_refused_where_it_would_be_used(name: str) -> None:
-    config = ScheduleConfig.from_dict({**_SD15, "clip_sample": True})
-    if name in ("ddim", "lcm"):
-        with pytest.raises(ValueError, match="clip_sample = false"):
-            make_table(name, config, 10)
-    else:
-        assert len(make_table(name, config, 10)) == 10
-
-
 @pytest.mark.parametrize(("name", "steps"), [("ddim", 1001), ("dpmpp_2m", 1000), ("unipc", 1000), ("lcm", 51)])
 def test_too_many_steps(name: str, steps: int) -> None:
     with pytest.raises(ValueError, match=str(steps)):
