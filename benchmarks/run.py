@@ -7,42 +7,17 @@ table.
 from __future__ import annotations
 
 import argparse
-import datetime
 import json
-import platform
 import re
-import subprocess
 import sys
 import tempfile
-from importlib import metadata
 from pathlib import Path
-from typing import Any
 
 import pytest
-import torch
+
+from benchmarks.machine import machine
 
 RESULTS = Path(__file__).parent / "results"
-
-
-def machine() -> dict[str, Any]:
-    """What the numbers were measured on, and with."""
-    cpu_info = Path("/proc/cpuinfo")
-    model = re.search(r"model name\s*: (.*)", cpu_info.read_text()) if cpu_info.exists() else None
-    changes = subprocess.run(
-        ["git", "status", "--porcelain", "--untracked-files=no"], capture_output=True, text=True, check=False
-    ).stdout
-    commit = subprocess.run(["git", "rev-parse", "HEAD"], capture_output=True, text=True, check=False).stdout.strip()
-    return {
-        "cpu": model.group(1) if model else platform.processor(),
-        "cpu_flags": torch.backends.cpu.get_cpu_capability(),
-        "threads": torch.get_num_threads(),
-        "device": "cpu",  # what the systems run on
-        "platform": platform.platform(),
-        "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "diffusers")},
-        "commit": commit + ("+changes" if changes else ""),
-        "date": datetime.date.today().isoformat(),
-    }
 
 
 def main() -> int:

@@ -1,0 +1,34 @@
+"""What numbers were measured on, and with."""
+
+from __future__ import annotations
+
+import datetime
+import platform
+import re
+import subprocess
+from importlib import metadata
+from pathlib import Path
+from typing import Any
+
+import torch
+
+
+def machine(device: str = "cpu") -> dict[str, Any]:
+    """Describe this machine for a result file; ``device`` is where the measured code ran."""
+    cpu_info = Path("/proc/cpuinfo")
+    model = re.search(r"model name\s*: (.*)", cpu_info.read_text()) if cpu_info.exists() else None
+    return {
+        "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
+        "cpu": model.group(1) if model else platform.processor(),
+        "cpu_flags": torch.backends.cpu.get_cpu_capability(),
+        "threads": torch.get_num_threads(),
+        "platform": platform.platform(),
+        "python": platform.python_version(),
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "diffusers")},
+        "commit": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "date": datetime.date.today().isoformat(),
+    }
+
+
+def _git(*arguments: str) -> str:
+    return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()
