@@ -60,8 +60,8 @@ def _quality(path: Path, result: dict[str, Any]) -> str:
     lines = [
         f"{settings['model']}: {settings['prompts']} fresh prompts, {settings['sampler']} {settings['steps']} steps, "
         f"guidance {settings['guidance_scale']:g}, commit {about['commit'][:9]} "
-        f"([{path.name}](benchmarks/results/{path.name})); right by the classifier, %, with 95 % intervals. Beside it the "
-        "classifier on drawings of the same scenes, through the VAE and as they are, and on 2,000 others. "
+        f"([{path.name}](benchmarks/results/{path.name})); right by the classifier, %, with 95 % intervals. Beside it "
+        "the classifier on drawings of the same scenes, through the VAE and as they are, and on 2,000 others. "
         f"VAE reconstruction: {results['vae_psnr_db']:.1f} dB PSNR.\n",
         "| right | generated | drawn, through the VAE | drawn | 2,000 held-out drawings |",
         "| --- | --- | --- | --- | --- |",
