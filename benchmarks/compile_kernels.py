@@ -48,10 +48,11 @@ def configurations() -> Iterator[tuple[Any, str, dict[str, str], dict[str, int]]
         yield geglu._geglu_fwd_kernel, dtype, {"x_ptr": data, "y_ptr": data, "n_cols": "i32"}, {"BLOCK": geglu._BLOCK}
         stats = {"x_ptr": data, "mean_ptr": "*fp32", "m2_ptr": "*fp32", "N": "i32", "C": "i32"}
         yield group_norm_silu._group_norm_stats_kernel, dtype, stats, tile
-        apply = {"x_ptr": data, "scale_ptr": "*fp32", "shift_ptr": "*fp32", "y_ptr": data, "N": "i32", "C": "i32"}
+        apply = {"x_ptr": data, "centre_ptr": "*fp32", "scale_ptr": "*fp32", "bias_ptr": data, "y_ptr": data}
+        apply |= {"N": "i32", "C": "i32"}
         yield group_norm_silu._group_norm_silu_apply_kernel, dtype, apply, tile
-    combine = dict.fromkeys(("mean_ptr", "m2_ptr", "weight_ptr", "bias_ptr", "scale_ptr", "shift_ptr"), "*fp32")
-    combine |= {"weight_ptr": "*fp16", "bias_ptr": "*fp16"}  # the statistics are float32 at every dtype
+    combine = dict.fromkeys(("mean_ptr", "m2_ptr", "weight_ptr", "centre_ptr", "scale_ptr"), "*fp32")
+    combine |= {"weight_ptr": "*fp16"}  # the statistics are float32 at every dtype
     combine |= {"N": "i32", "C": "i32", "n_chunks": "i32", "eps": "fp32"}
     for group in (4, 10, 20, 60, 80):  # channels a group in SD v1.5's UNet and VAE, one per power of two above
         constants = {

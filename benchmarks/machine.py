@@ -1,4 +1,4 @@
-"""What numbers were measured on, and with."""
+"""What numbers were measured on and with, and where they are kept."""
 
 from __future__ import annotations
 
@@ -11,6 +11,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
+
+RESULTS = Path(__file__).parent / "results"
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:

@@ -15,9 +15,7 @@ from pathlib import Path
 
 import pytest
 
-from benchmarks.machine import machine
-
-RESULTS = Path(__file__).parent / "results"
+from benchmarks.machine import RESULTS, machine
 
 
 def main() -> int:

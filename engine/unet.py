@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from .config import UNetConfig
-from .layers import Downsample2D, GroupNormSiLU, ResnetBlock2D, Upsample2D, timestep_embedding
+from .layers import Downsample2D, GroupNorm, GroupNormSiLU, ResnetBlock2D, Upsample2D, timestep_embedding
 from .ops import TORCH, Ops
 
 
@@ -105,7 +105,7 @@ class Transformer2DModel(nn.Module):
 
     def __init__(self, channels: int, n_heads: int, config: UNetConfig, ops: Ops) -> None:
         super().__init__()
-        self.norm = nn.GroupNorm(config.norm_num_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(config.norm_num_groups, channels, eps=1e-6)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         blocks = [
             BasicTransformerBlock(channels, config.cross_attention_dim, n_heads, ops)

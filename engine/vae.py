@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from .config import VAEConfig
-from .layers import Downsample2D, GroupNormSiLU, ResnetBlock2D, Upsample2D
+from .layers import Downsample2D, GroupNorm, GroupNormSiLU, ResnetBlock2D, Upsample2D
 from .ops import TORCH, Ops
 
 _EPS = 1e-6
@@ -25,7 +25,7 @@ class VAEAttention(nn.Module):
     def __init__(self, channels: int, groups: int, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
-        self.group_norm = nn.GroupNorm(groups, channels, eps=_EPS)
+        self.group_norm = GroupNorm(groups, channels, eps=_EPS)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)

@@ -3,7 +3,8 @@
 The kernels read channels-last memory, where a group is a few neighbouring channels at every position. One program a
 group would leave most of a GPU idle, so statistics are taken in three launches: per channel over chunks of positions
 (mean and sum of squared deviations, both exact within the chunk), combined over chunks and channels by the parallel
-variance formula (Chan, Golub and LeVeque 1979) into one scale and shift per row and channel, and applied.
+variance formula (Chan, Golub and LeVeque 1979) into a centre and a scale per row and channel, and applied. The centre
+is subtracted before scaling: folding it into a shift would cancel large means inexactly.
 """
 
 # pyright: reportArgumentType=false
@@ -24,9 +25,19 @@ torch.library.define(
 )
 
 
+def group_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+    """Eager GroupNorm of ``x`` (B, C, h, w) in its own memory format; ``weight`` and ``bias`` are (C,).
+
+    The statistics are always taken on contiguous memory: for channels-last tensors PyTorch's CPU kernel forms the
+    variance as ``E[x^2] - E[x]^2`` and errs 30 to 100 times as much (2.13.0).
+    """
+    y = F.group_norm(x.contiguous(), groups, weight, bias, eps)
+    return y if x.is_contiguous() else y.contiguous(memory_format=torch.channels_last)
+
+
 def group_norm_silu_ref(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """Eager form for ``x`` (B, C, h, w); ``weight`` and ``bias`` are (C,)."""
-    return F.silu(F.group_norm(x, groups, weight, bias, eps))
+    """Eager ``silu(group_norm_ref(...))``."""
+    return F.silu(group_norm_ref(x, weight, bias, groups, eps))
 
 
 @triton.jit
@@ -47,7 +58,7 @@ def _group_norm_stats_kernel(x_ptr, mean_ptr, m2_ptr, N, C, BLOCK_N: tl.constexp
 
 @triton.jit
 def _group_norm_combine_kernel(
-    mean_ptr, m2_ptr, weight_ptr, bias_ptr, scale_ptr, shift_ptr, N, C, n_chunks, eps,
+    mean_ptr, m2_ptr, weight_ptr, centre_ptr, scale_ptr, N, C, n_chunks, eps,
     GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_CHUNKS: tl.constexpr,
 ):  # fmt: skip
     pid_g, pid_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
@@ -72,14 +83,13 @@ def _group_norm_combine_kernel(
         spread += tl.load(m2_ptr + at, mask=mask, other=0.0) + count[:, None] * distance * distance
     variance = tl.sum(tl.sum(spread, axis=1), axis=0) / (N * GROUP)
     scale = tl.rsqrt(variance + eps) * tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    shift = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32) - mean * scale
     tl.store(scale_ptr + pid_b * C + offs_c, scale, mask=mask_c)
-    tl.store(shift_ptr + pid_b * C + offs_c, shift, mask=mask_c)
+    tl.store(centre_ptr + pid_b * C + offs_c, tl.zeros([BLOCK_G], tl.float32) + mean, mask=mask_c)
 
 
 @triton.jit
 def _group_norm_silu_apply_kernel(
-    x_ptr, scale_ptr, shift_ptr, y_ptr, N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
+    x_ptr, centre_ptr, scale_ptr, bias_ptr, y_ptr, N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr
 ):
     pid_b = tl.program_id(2).to(tl.int64)
     offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -88,8 +98,10 @@ def _group_norm_silu_apply_kernel(
     mask = (offs_n < N)[:, None] & mask_c[None, :]
     at = (pid_b * N + offs_n)[:, None] * C + offs_c[None, :]
     scale = tl.load(scale_ptr + pid_b * C + offs_c, mask=mask_c, other=0.0)
-    shift = tl.load(shift_ptr + pid_b * C + offs_c, mask=mask_c, other=0.0)
-    y = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32) * scale[None, :] + shift[None, :]
+    centre = tl.load(centre_ptr + pid_b * C + offs_c, mask=mask_c, other=0.0)
+    bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
+    y = (x - centre[None, :]) * scale[None, :] + bias[None, :]
     y = y * tl.sigmoid(y)
     tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
 
@@ -106,15 +118,15 @@ def group_norm_silu_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int,
     N, group = height * width, C // groups
     n_chunks = triton.cdiv(N, _BLOCK_N)
     mean, m2 = x.new_empty(2, B, n_chunks, C, dtype=torch.float32).unbind(0)
-    scale, shift = x.new_empty(2, B, C, dtype=torch.float32).unbind(0)
+    centre, scale = x.new_empty(2, B, C, dtype=torch.float32).unbind(0)
     tiles = (n_chunks, triton.cdiv(C, _BLOCK_C), B)
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _group_norm_stats_kernel[tiles](x, mean, m2, N, C, BLOCK_N=_BLOCK_N, BLOCK_C=_BLOCK_C)
         _group_norm_combine_kernel[(groups, B)](
-            mean, m2, weight, bias, scale, shift, N, C, n_chunks, eps,
+            mean, m2, weight, centre, scale, N, C, n_chunks, eps,
             GROUP=group, BLOCK_N=_BLOCK_N, BLOCK_G=triton.next_power_of_2(group), BLOCK_CHUNKS=_BLOCK_CHUNKS,
         )  # fmt: skip
-        _group_norm_silu_apply_kernel[tiles](x, scale, shift, y, N, C, BLOCK_N=_BLOCK_N, BLOCK_C=_BLOCK_C)
+        _group_norm_silu_apply_kernel[tiles](x, centre, scale, bias, y, N, C, BLOCK_N=_BLOCK_N, BLOCK_C=_BLOCK_C)
     return y
 
 

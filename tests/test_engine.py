@@ -130,25 +130,27 @@ def test_image_to_image_forms(small: engine.Engine) -> None:
     )
 
 
+def _spoil(layer: torch.nn.Conv2d, value: float) -> None:
+    layer.bias = torch.nn.Parameter(torch.full_like(layer.bias, value), requires_grad=False)
+
+
 def test_nan_from_the_unet_names_the_step(small_folder) -> None:
     sd = engine.load(small_folder)
-    sd.unet.conv_out.bias = torch.nn.Parameter(torch.full_like(sd.unet.conv_out.bias, torch.nan), requires_grad=False)
+    _spoil(sd.unet.conv_out, torch.nan)
     with pytest.raises(engine.NonFiniteError, match=r"UNet .* step 0 of 4 \(timestep 751\)"):
         sd.generate("a cat", **_FAST)
 
 
 def test_nan_from_the_vae_is_an_error_not_a_black_picture(small_folder) -> None:
     sd = engine.load(small_folder)
-    bias = sd.vae.decoder.conv_out.bias
-    sd.vae.decoder.conv_out.bias = torch.nn.Parameter(torch.full_like(bias, torch.inf), requires_grad=False)
+    _spoil(sd.vae.decoder.conv_out, torch.inf)
     with pytest.raises(engine.NonFiniteError, match="VAE decoder"):
         sd.generate("a cat", **_FAST)
 
 
 def test_nan_from_the_vae_encoder_is_not_blamed_on_the_unet(small_folder) -> None:
     sd = engine.load(small_folder)
-    bias = sd.vae.encoder.conv_in.bias
-    sd.vae.encoder.conv_in.bias = torch.nn.Parameter(torch.full_like(bias, torch.nan), requires_grad=False)
+    _spoil(sd.vae.encoder.conv_in, torch.nan)
     with pytest.raises(engine.NonFiniteError, match="VAE encoder"):
         sd.generate("a cat", image=Image.new("RGB", (16, 16)), **_FAST)
 

@@ -8,6 +8,13 @@ from engine.vae import AutoencoderKL, blend_tiles
 from tests.pipelines import make_vae
 
 
+def _vae() -> AutoencoderKL:
+    theirs = make_vae("narrow")
+    vae = AutoencoderKL(VAEConfig.from_dict(theirs.config)).eval()
+    vae.load_state_dict(theirs.state_dict())
+    return vae
+
+
 def test_tiles_cover_and_blend_exactly() -> None:
     """With a "decoder" that has no receptive field, tiles must blend to the whole picture exactly."""
     latents = torch.randn(2, 3, 150, 70)
@@ -24,9 +31,7 @@ def test_tiles_cover_and_blend_exactly() -> None:
 @torch.no_grad()
 @pytest.mark.parametrize("size", [(80, 100), (64, 64), (20, 70)], ids=str)
 def test_tiling(size: tuple[int, int]) -> None:
-    theirs = make_vae("narrow")
-    vae = AutoencoderKL(VAEConfig.from_dict(theirs.config)).eval()
-    vae.load_state_dict(theirs.state_dict())
+    vae = _vae()
     latents = torch.randn(1, 4, *size)
     whole, tiled = vae.decode(latents), vae.decode(latents, tiling=True)
     assert tiled.shape == whole.shape
@@ -41,9 +46,7 @@ def test_tiling(size: tuple[int, int]) -> None:
 
 @torch.no_grad()
 def test_slicing_with_tiling() -> None:
-    theirs = make_vae("narrow")
-    vae = AutoencoderKL(VAEConfig.from_dict(theirs.config)).eval()
-    vae.load_state_dict(theirs.state_dict())
+    vae = _vae()
     latents = torch.randn(2, 4, 70, 20)
     both = vae.decode(latents, slicing=True, tiling=True)
     torch.testing.assert_close(both, vae.decode(latents, tiling=True), rtol=1e-5, atol=1e-5)
@@ -51,9 +54,7 @@ def test_slicing_with_tiling() -> None:
 
 @torch.no_grad()
 def test_encoder_tiling() -> None:
-    theirs = make_vae("narrow")
-    vae = AutoencoderKL(VAEConfig.from_dict(theirs.config)).eval()
-    vae.load_state_dict(theirs.state_dict())
+    vae = _vae()
     images = torch.rand(2, 3, 180, 60) * 2 - 1
     whole, _ = vae.posterior(images)
     tiled, std = vae.posterior(images, slicing=True, tiling=True)

@@ -7,11 +7,8 @@ held-out drawings. Intervals are 95 % bootstrap intervals over prompts.
 
 import argparse
 import json
-import platform
-import subprocess
 import time
 from collections.abc import Mapping, Sequence
-from datetime import datetime, timezone
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -20,6 +17,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
+from benchmarks.machine import RESULTS, machine
 from benchmarks.tinyworld.captions import FACING_NOUNS, full_prompt
 from benchmarks.tinyworld.data import HELD_OUT_SEED, grid, pictures_at, scene_at, to_tensor
 from benchmarks.tinyworld.evaluator import EVALUATOR_PATH, Attributes, Evaluator, load_evaluator
@@ -164,30 +162,14 @@ def evaluate(
 def table(results: Mapping[str, Any]) -> str:
     """The accuracies as text, in per cent."""
     columns = ("generated", "drawn", "reconstructed", "held_out")
-    lines = [f"{'right, %':12}" + "".join(f"{column.replace('_', ' '):>22}" for column in columns)]
+    lines = [f"{'right, %':12}" + "".join(f"{column.replace('_', ' '):>26}" for column in columns)]
     for name in PROMPTED:
         cells = [_cell(results[column][name]) for column in columns]
-        lines.append(f"{name.replace('_', ' '):12}" + "".join(f"{cell:>22}" for cell in cells))
+        lines.append(f"{name.replace('_', ' '):12}" + "".join(f"{cell:>26}" for cell in cells))
     similarity = results["caption_similarity"]
     lines.append(f"VAE reconstruction: {results['vae_psnr_db']:.2f} dB PSNR")
     lines.append(f"similarity to the prompt: {similarity['generated']:.3f} generated, {similarity['drawn']:.3f} drawn")
     return "\n".join(lines)
-
-
-def machine() -> dict[str, str]:
-    """Where and with what the numbers were made."""
-    cpuinfo = Path("/proc/cpuinfo")
-    models = [line.split(":")[1].strip() for line in cpuinfo.read_text().splitlines() if "model name" in line]
-    git = ["git", "-C", str(Path(__file__).parent), "describe", "--always", "--dirty", "--abbrev=12"]
-    return {
-        "cpu": f"{len(models)} x {models[0]}" if models else platform.processor(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else "",
-        "threads": str(torch.get_num_threads()),
-        "python": platform.python_version(),
-        "torch": torch.__version__,
-        "commit": subprocess.run(git, capture_output=True, text=True, check=False).stdout.strip(),
-        "date": datetime.now(timezone.utc).isoformat(timespec="seconds"),
-    }
 
 
 def _similarities(evaluator: Evaluator, generated: Tensor, drawn: Tensor, scenes: Sequence[Scene]) -> dict[str, float]:
@@ -211,7 +193,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture")
-    parser.add_argument("--out", type=Path, help="JSON file for the results")
+    parser.add_argument("--out", type=Path, default=RESULTS / "tinyworld.json", help="JSON file for the results")
     parser.add_argument("--sheet", type=Path, help="PNG file for the first hundred pictures, framed by right and wrong")
     arguments = parser.parse_args()
 
@@ -223,9 +205,8 @@ def main() -> None:
     settings |= {"model": model.name, "device": str(model.device), "dtype": str(model.dtype)}
     results, frames = evaluate(model, load_evaluator(arguments.evaluator), settings)
     print(table(results))
-    if arguments.out:
-        record = {"machine": machine(), "settings": settings, "results": results}
-        arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    record = {"machine": machine(str(model.device)), "settings": settings, "results": results}
+    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
     if arguments.sheet:
         grid(frames[:_SHEET_PICTURES], columns=10).save(arguments.sheet)
 

@@ -95,7 +95,7 @@ class LatentStore:
 @torch.no_grad()
 def _encode(vae: AutoencoderKL, indices: range, seed: int = 0) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
-        return vae.encode(pictures_at(indices, seed)).half()
+        return torch.cat([vae.encode(rows).half() for rows in pictures_at(indices, seed).split(32)])
 
 
 def training_attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:

@@ -3,7 +3,12 @@
 import pytest
 import torch
 
-from engine.kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref, group_norm_silu_triton
+from engine.kernels.group_norm_silu import (
+    group_norm_ref,
+    group_norm_silu,
+    group_norm_silu_ref,
+    group_norm_silu_triton,
+)
 from tests.kernels.accuracy import assert_as_accurate
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -28,6 +33,16 @@ def test_kernel(shape: tuple[int, ...], groups: int, dtype: torch.dtype, mean: f
     eager = group_norm_silu_ref(x, weight, bias, groups, 1e-5)
     exact = group_norm_silu_ref(x.double(), weight.double(), bias.double(), groups, 1e-5)
     assert_as_accurate(actual, eager, exact)
+
+
+@pytest.mark.parametrize("layout", [torch.contiguous_format, torch.channels_last], ids=str)
+def test_the_reference_is_accurate_in_every_layout(layout: torch.memory_format) -> None:
+    x = (torch.randn(1, 32, 64, 64, device=_DEVICE) + 5).contiguous(memory_format=layout)
+    weight, bias = torch.ones(32, device=_DEVICE), torch.zeros(32, device=_DEVICE)
+    exact = torch.nn.functional.group_norm(x.double(), 8, weight.double(), bias.double(), 1e-6)
+    actual = group_norm_ref(x, weight, bias, 8, 1e-6)
+    assert actual.is_contiguous(memory_format=layout)
+    assert float((actual - exact).norm() / exact.norm()) <= 1e-6
 
 
 def test_layout_is_checked() -> None:

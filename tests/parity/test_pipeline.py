@@ -8,17 +8,8 @@ from PIL import Image
 
 import engine
 from engine.samplers import SAMPLERS
-from tests.pipelines import SCHEDULER, SHAPES, relative_error, save_pipeline
+from tests.pipelines import SCHEDULER, SCHEDULERS, SHAPES, relative_error, save_pipeline
 
-_SCHEDULERS = {
-    "ddim": diffusers.DDIMScheduler,
-    "euler": diffusers.EulerDiscreteScheduler,
-    "euler_ancestral": diffusers.EulerAncestralDiscreteScheduler,
-    "dpmpp_2m": diffusers.DPMSolverMultistepScheduler,
-    "dpmpp_2m_karras": diffusers.DPMSolverMultistepScheduler,
-    "unipc": diffusers.UniPCMultistepScheduler,
-    "lcm": diffusers.LCMScheduler,
-}
 _TOLERANCE = 2e-4
 
 
@@ -29,8 +20,8 @@ def both(tmp_path_factory):
 
 
 def _use(pipeline, sampler: str) -> None:
-    options = {"use_karras_sigmas": True} if sampler.endswith("karras") else {}
-    pipeline.scheduler = _SCHEDULERS[sampler].from_config({**SCHEDULER, **options})
+    scheduler, options = SCHEDULERS[sampler]
+    pipeline.scheduler = scheduler.from_config({**SCHEDULER, **options})
 
 
 def _generators(seeds: list[int]) -> list[torch.Generator]:

@@ -1,33 +1,12 @@
 """Every sampler against diffusers' scheduler, over whole trajectories driven by the same nonlinear "model"."""
 
-import diffusers
 import pytest
 import torch
 from torch import Tensor
 
 from engine.config import ScheduleConfig
 from engine.samplers import SAMPLERS, SamplerTable, make_table, step
-
-_SCHEDULERS = {
-    "ddim": (diffusers.DDIMScheduler, {}),
-    "euler": (diffusers.EulerDiscreteScheduler, {}),
-    "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
-    "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
-    "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
-    "unipc": (diffusers.UniPCMultistepScheduler, {}),
-    "lcm": (diffusers.LCMScheduler, {}),
-}
-_SD15 = {
-    "beta_start": 0.00085,
-    "beta_end": 0.012,
-    "beta_schedule": "scaled_linear",
-    "num_train_timesteps": 1000,
-    "clip_sample": False,
-    "set_alpha_to_one": False,
-    "steps_offset": 1,
-    "timestep_spacing": "leading",
-    "prediction_type": "epsilon",
-}
+from tests.pipelines import SCHEDULER, SCHEDULERS, relative_error
 
 
 def _model(x: Tensor, timestep: Tensor) -> Tensor:
@@ -46,7 +25,7 @@ def _ours(table: SamplerTable, latents: Tensor, draws: list[Tensor], image: Tens
 
 
 def _theirs(name: str, config: dict, steps: int, latents: Tensor, seed: int, eta: float, begin: int, image) -> Tensor:
-    scheduler_class, extra = _SCHEDULERS[name]
+    scheduler_class, extra = SCHEDULERS[name]
     scheduler = scheduler_class.from_config({**config, **extra})
     scheduler.set_timesteps(steps)
     timesteps = scheduler.timesteps[begin:]
@@ -73,25 +52,25 @@ def _compare(name: str, config: dict, steps: int, eta: float = 0.0, begin: int =
     draws = [torch.randn(latents.shape, generator=generator) for _ in range(steps)]
     ours = _ours(make_table(name, ScheduleConfig.from_dict(config), steps, eta, begin), latents, draws, image)
     theirs = _theirs(name, config, steps, latents, 9, eta, begin, image)
-    return float((ours - theirs).norm() / theirs.norm())
+    return relative_error(ours, theirs)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 14, 15, 20, 50])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_whole_trajectory(name: str, steps: int) -> None:
-    assert _compare(name, _SD15, steps) <= 1e-5
+    assert _compare(name, SCHEDULER, steps) <= 1e-5
 
 
 @pytest.mark.parametrize("steps", [100, 250])
 @pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"lcm"}))
 def test_many_steps(name: str, steps: int) -> None:
-    assert _compare(name, _SD15, steps) <= 1e-5
+    assert _compare(name, SCHEDULER, steps) <= 1e-5
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 @pytest.mark.parametrize("steps", [2, 20])
 def test_ddim_eta(steps: int, eta: float) -> None:
-    assert _compare("ddim", _SD15, steps, eta) <= 1e-5
+    assert _compare("ddim", SCHEDULER, steps, eta) <= 1e-5
 
 
 @pytest.mark.parametrize(
@@ -109,19 +88,19 @@ def test_ddim_eta(steps: int, eta: float) -> None:
 )
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_other_schedules(name: str, change: dict) -> None:
-    assert _compare(name, {**_SD15, **change}, 17) <= 1e-5
+    assert _compare(name, {**SCHEDULER, **change}, 17) <= 1e-5
 
 
 @pytest.mark.parametrize("begin", [1, 4, 9])
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_from_a_picture(name: str, begin: int) -> None:
-    assert _compare(name, _SD15, 10, begin=begin) <= 1e-5
+    assert _compare(name, SCHEDULER, 10, begin=begin) <= 1e-5
 
 
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_rows_may_be_at_different_steps(name: str) -> None:
     """A row's result does not depend on where the rows beside it are."""
-    table = make_table(name, ScheduleConfig.from_dict(_SD15), 12)
+    table = make_table(name, ScheduleConfig.from_dict(SCHEDULER), 12)
     x, prediction, noise = torch.randn(3, 3, 4, 4, 4).unbind(0)
     history = torch.randn(table.state.shape[-1] - 1, 3, 4, 4, 4)
     position = torch.tensor([0, 5, 11])
@@ -136,4 +115,4 @@ def test_rows_may_be_at_different_steps(name: str) -> None:
 @pytest.mark.parametrize(("name", "steps"), [("ddim", 1001), ("dpmpp_2m", 1000), ("unipc", 1000), ("lcm", 51)])
 def test_too_many_steps(name: str, steps: int) -> None:
     with pytest.raises(ValueError, match=str(steps)):
-        make_table(name, ScheduleConfig.from_dict(_SD15), steps)
+        make_table(name, ScheduleConfig.from_dict(SCHEDULER), steps)
