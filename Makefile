@@ -17,7 +17,8 @@ demo: $(BIN)/.installed
 	    "a photo of a red cat on a beach" "a photo of a blue car in the snow" \
 	    "a photo of a green teapot in a room" "a sketch of a purple duck by a river" \
 	    "pixel art of an orange house under the night sky" "a photo of a yellow dog in a meadow" \
-	    "a photo of a white boat on a beach" "a photo of a pink backpack in a forest"
+	    "a photo of a white boat on a beach" "a photo of a pink backpack in a forest" \
+	    "a photo of an orange tree in a desert"
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest
