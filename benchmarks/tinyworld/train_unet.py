@@ -95,7 +95,8 @@ class LatentStore:
 @torch.no_grad()
 def _encode(vae: AutoencoderKL, indices: range, seed: int = 0) -> Tensor:
     with torch.autocast("cpu", torch.bfloat16):
-        return torch.cat([vae.encode(rows).half() for rows in pictures_at(indices, seed).split(32)])
+        latents = [vae.encode(rows) for rows in pictures_at(indices, seed).split(32)]
+    return torch.cat(latents).half()
 
 
 def training_attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
