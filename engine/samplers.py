@@ -36,8 +36,7 @@ class SamplerTable:
         state, model, noise: ``A`` (T, K, K), ``b`` (T, K) and ``c`` (T, K), float32; entry 0 of the state is ``x``.
         start_noise: factor on unit noise that starts a picture from nothing.
         image_scale, image_noise: factors on clean latents and unit noise that start from a picture.
-        stochastic: whether any step adds noise.
-        noise_draws: how many steps draw noise (LCM's last step draws none).
+        noise_draws: how many steps draw noise: 0 for a deterministic sampler; LCM's last step draws none.
     """
 
     timesteps: Tensor
@@ -48,7 +47,6 @@ class SamplerTable:
     start_noise: float
     image_scale: float
     image_noise: float
-    stochastic: bool
     noise_draws: int
 
     def __len__(self) -> int:
@@ -76,7 +74,7 @@ def step(
         noise_pred: what the UNet predicted for ``x * input_scale``, shape of ``x``.
         position: (B,) int64, each row's step.
         history: (K - 1, B, 4, h, w), from ``start_history`` or the last step.
-        noise: fresh unit noise, shape of ``x``, where the table is stochastic.
+        noise: fresh unit noise, shape of ``x``, at the first ``noise_draws`` steps.
 
     Returns:
         The next ``x`` and history.
@@ -164,7 +162,6 @@ class _Table:
             start_noise=start,
             image_scale=1.0 if self.exploding else float(schedule.alphas[first]),
             image_noise=float(ratios[first] if self.exploding else schedule.sigmas[first]),
-            stochastic=noise_draws > 0,
             noise_draws=noise_draws,
         )
 

@@ -25,6 +25,7 @@ from benchmarks.tinyworld.scene import Scene
 
 if TYPE_CHECKING:
     from engine import Engine
+    from engine.vae import AutoencoderKL
 
 FIRST_PROMPT = 20_000  # held-out scenes below are looked at while models are trained
 PROMPTED: tuple[str, ...] = ("object", "only_object", "colour", "background", "style", "all")
@@ -96,9 +97,10 @@ def psnr_db(reconstructed: Tensor, pictures: Tensor) -> float:
 
 
 @torch.no_grad()
-def reconstruct(engine: "Engine", pictures: Tensor) -> Tensor:
-    """decode(encode(x)) of the engine's VAE, as float32 on the CPU."""
-    rows = [engine.vae.decode(engine.vae.encode(rows.to(engine.device))) for rows in pictures.split(20)]
+def reconstruct(vae: "AutoencoderKL", pictures: Tensor) -> Tensor:
+    """decode(encode(x)) as float32 on the CPU."""
+    device = next(vae.parameters()).device
+    rows = [vae.decode(vae.encode(rows.to(device))) for rows in pictures.split(16)]
     return torch.cat(rows).float().cpu()
 
 
@@ -146,7 +148,7 @@ def evaluate(
     results = {
         "generated": summary(generated),
         "drawn": summary(score(drawn, scenes, evaluator)),
-        "reconstructed": summary(score(reconstruct(engine, drawn), scenes, evaluator)),
+        "reconstructed": summary(score(reconstruct(engine.vae, drawn), scenes, evaluator)),
         "held_out": summary(
             score(pictures_at(held_out, HELD_OUT_SEED), [scene_at(i, HELD_OUT_SEED) for i in held_out], evaluator)
         ),
@@ -154,7 +156,7 @@ def evaluate(
         "seconds_per_picture": seconds / len(images),
     }
     pictures = pictures_at(range(_PSNR_PICTURES), HELD_OUT_SEED)
-    results["vae_psnr_db"] = psnr_db(reconstruct(engine, pictures), pictures)
+    results["vae_psnr_db"] = psnr_db(reconstruct(engine.vae, pictures), pictures)
     frames = zip(images, generated["all"], strict=True)
     return results, [ImageOps.expand(image, 4, "green" if right else "red") for image, right in frames]
 

@@ -17,8 +17,6 @@ from transformers import CLIPTokenizer
 from benchmarks.tinyworld.train_unet import SCHEDULER_CONFIG, TEXT_CONFIG, UNET_CONFIG, LatentStore
 from benchmarks.tinyworld.train_vae import VAE_CONFIG
 from engine.checkpoint import EMBEDDED_MODEL
-from engine.config import VAEConfig
-from engine.vae import AutoencoderKL
 
 _MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",
@@ -39,23 +37,21 @@ def export(runs: Path, folder: Path) -> None:
     unet_state = torch.load(runs / "unet.pt", weights_only=True)
     averaged: dict[str, Tensor] = unet_state["ema"]["shadow"]
     tokenizer = CLIPTokenizer.from_pretrained(runs / "tokenizer")
-    vae = AutoencoderKL(VAEConfig.from_dict(VAE_CONFIG))
-    vae.load_state_dict(vae_state["ema"]["shadow"])
-    store = LatentStore(runs / "latents.f16", vae, 120_000)
-    scale = 1 / float(store.take(list(range(2048))).std())
     text_config = TEXT_CONFIG | {
         "vocab_size": len(tokenizer),
         "bos_token_id": tokenizer.bos_token_id,
         "eos_token_id": tokenizer.eos_token_id,
         "pad_token_id": tokenizer.pad_token_id,
     }
-    _write(folder / "vae", VAE_CONFIG | {"scaling_factor": round(scale, 6)}, vae_state["ema"]["shadow"])
+    _write(
+        folder / "vae", VAE_CONFIG | {"scaling_factor": round(float(averaged["scale"]), 6)}, vae_state["ema"]["shadow"]
+    )
     _write(folder / "unet", UNET_CONFIG, _part(averaged, "unet."))
     _write(folder / "text_encoder", text_config, _part(averaged, "text."), "model.safetensors")
     _write_tokenizer(folder / "tokenizer", tokenizer)
     _json(folder / "scheduler" / "scheduler_config.json", SCHEDULER_CONFIG)
     _json(folder / "model_index.json", _MODEL_INDEX)
-    _json(folder / "made.json", _made(vae_state, unet_state, store.count))
+    _json(folder / "made.json", _made(vae_state, unet_state, len(LatentStore(runs / "latents.f16"))))
 
 
 def _part(state: dict[str, Tensor], prefix: str) -> dict[str, Tensor]:

@@ -125,7 +125,7 @@ def train(folder: Path, minutes: float, batch: int, peak_rate: float) -> None:
         ema.update(model)
         if run.advance(batch):
             with ema.applied(model):
-                run.log(loss=sum(parts.values()), **check(model, check_pictures, check_scenes))
+                run.log(loss=float(sum(parts.values())), **check(model, check_pictures, check_scenes))
     with ema.applied(model):
         export(model, folder / "evaluator.safetensors", run)
 

@@ -20,7 +20,7 @@ from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 from benchmarks.tinyworld.captions import caption, full_prompt
 from benchmarks.tinyworld.data import HELD_OUT_SEED, grid, pictures_at, scene_at, to_images
 from benchmarks.tinyworld.train_vae import VAE_CONFIG
-from benchmarks.tinyworld.training import EMA, Run
+from benchmarks.tinyworld.training import EMA, Optimizer, Run
 from engine.config import ScheduleConfig, UNetConfig, VAEConfig
 from engine.denoise import denoise
 from engine.ops import TORCH
@@ -74,22 +74,34 @@ _FIRST_PICTURES = 4096
 class LatentStore:
     """Latents of scenes 0, 1, 2, ... in a file that grows; unscaled posterior means in float16."""
 
-    def __init__(self, path: Path, vae: AutoencoderKL, capacity: int) -> None:
-        self.vae, self.count = vae, 0
-        mode = "r+" if path.exists() else "w+"
-        self.latents = np.memmap(path, np.float16, mode, shape=(capacity, 4, 16, 16))
-        filled = np.flatnonzero(np.any(self.latents.reshape(capacity, -1), axis=1))
-        self.count = int(filled[-1]) + 1 if len(filled) else 0
+    _SHAPE = (4, 16, 16)
+    _BYTES = 2 * 4 * 16 * 16
 
-    def grow(self, count: int) -> None:
-        """Draw and encode the next ``count`` scenes; does nothing once the file is full."""
-        stop = min(self.count + count, len(self.latents))
-        if stop > self.count:
-            self.latents[self.count : stop] = _encode(self.vae, range(self.count, stop)).numpy()
-            self.count = stop
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        path.touch()
+        self.latents = self._map()
+
+    def __len__(self) -> int:
+        return len(self.latents)
+
+    def grow(self, vae: AutoencoderKL, count: int) -> None:
+        """Draw, encode and store the next ``count`` scenes."""
+        fresh = _encode(vae, range(len(self), len(self) + count))
+        with self.path.open("r+b") as file:
+            file.seek(len(self) * self._BYTES)  # over what a killed run may have left of a last latent
+            fresh.numpy().tofile(file)
+        self.latents = self._map()
 
     def take(self, indices: list[int]) -> Tensor:
+        """(B, 4, 16, 16) float32."""
         return torch.from_numpy(self.latents[indices]).float()
+
+    def _map(self) -> np.ndarray:
+        count = self.path.stat().st_size // self._BYTES
+        if count == 0:
+            return np.empty((0, *self._SHAPE), np.float16)
+        return np.memmap(self.path, np.float16, "r", shape=(count, *self._SHAPE))
 
 
 @torch.no_grad()
@@ -107,10 +119,13 @@ def training_attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
 
 
 class Trainee(torch.nn.Module):
-    """The text encoder and the UNet as one module."""
+    """The text encoder and the UNet as one module, with the factor that scales latents to unit variance."""
 
-    def __init__(self, vocabulary_size: int, end_of_text: int) -> None:
+    scale: Tensor
+
+    def __init__(self, vocabulary_size: int, end_of_text: int, scale: float) -> None:
         super().__init__()
+        self.register_buffer("scale", torch.tensor(scale))
         ids: dict[str, Any] = {
             "vocab_size": vocabulary_size,
             "eos_token_id": end_of_text,
@@ -129,8 +144,8 @@ class Trainee(torch.nn.Module):
 class Task:
     """The training loss, on stored or held-out latents."""
 
-    def __init__(self, model: Trainee, tokenizer: CLIPTokenizer, scale: float) -> None:
-        self.model, self.tokenizer, self.scale = model, tokenizer, scale
+    def __init__(self, model: Trainee, tokenizer: CLIPTokenizer) -> None:
+        self.model, self.tokenizer = model, tokenizer
         self.alphas_cumprod = torch.from_numpy(alphas_cumprod(ScheduleConfig.from_dict(SCHEDULER_CONFIG))).float()
 
     def loss(self, latents: Tensor, captions: list[str], generator: torch.Generator) -> Tensor:
@@ -140,7 +155,7 @@ class Task:
         timesteps = torch.randint(0, 1000, (len(latents),), generator=generator)
         noise = torch.randn(latents.shape, generator=generator)
         alpha_bar = self.alphas_cumprod[timesteps][:, None, None, None]
-        noisy = alpha_bar.sqrt() * latents * self.scale + (1 - alpha_bar).sqrt() * noise
+        noisy = alpha_bar.sqrt() * latents * self.model.scale + (1 - alpha_bar).sqrt() * noise
         with torch.autocast("cpu", torch.bfloat16):
             predicted = self.model(ids, noisy, timesteps)
         snr = alpha_bar / (1 - alpha_bar)
@@ -148,52 +163,47 @@ class Task:
         return (weight * (predicted.float() - noise).square()).mean()
 
 
-def train(
-    folder: Path, minutes: float, batch: int, peak_rate: float, grow: int, capacity: int, init: Path | None
-) -> None:
+def train(folder: Path, minutes: float, batch: int, peak_rate: float, grow: int, init: Path | None) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(VAEConfig.from_dict(VAE_CONFIG))
     vae.load_state_dict(torch.load(folder / "vae.pt", weights_only=True)["ema"]["shadow"])
     vae.requires_grad_(False)
-    store = LatentStore(folder / "latents.f16", vae, capacity)
-    store.grow(max(0, _FIRST_PICTURES - store.count))
-    scale = 1 / float(store.take(list(range(2048))).std())
+    store = LatentStore(folder / "latents.f16")
+    if len(store) < _FIRST_PICTURES:
+        store.grow(vae, _FIRST_PICTURES - len(store))
     tokenizer = CLIPTokenizer.from_pretrained(folder / "tokenizer")
-    model = Trainee(len(tokenizer), tokenizer.eos_token_id)
+    scale = 1 / float(store.take(list(range(_FIRST_PICTURES))).std())
+    model = Trainee(len(tokenizer), tokenizer.eos_token_id, scale)
     if init is not None:
         model.unet.load_state_dict(load_file(init / "unet/diffusion_pytorch_model.safetensors"))
         model.text.load_state_dict(load_file(init / "text_encoder/model.safetensors"))
-    optimizer = torch.optim.AdamW(model.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=0.01, fused=True)
+    optimizer = Optimizer(model, weight_decay=0.01)
     ema = EMA(model, 0.999)
     run = Run(folder, "unet", minutes, {"model": model, "optimizer": optimizer, "ema": ema})
-    task = Task(model, tokenizer, scale)
+    task = Task(model, tokenizer)
     held_out = [scene_at(i, HELD_OUT_SEED) for i in range(256)]
     held_out_latents = _encode(vae, range(256), HELD_OUT_SEED).float()
     evaluations = 0
     while not run.finished:
-        store.grow(grow)
+        store.grow(vae, grow)
         rng = random.Random(run.step)
-        indices = [rng.randrange(store.count) for _ in range(batch)]
+        indices = [rng.randrange(len(store)) for _ in range(batch)]
         captions = [caption(scene_at(i), rng) if rng.random() >= _CAPTION_DROPOUT else "" for i in indices]
         loss = task.loss(store.take(indices), captions, torch.Generator().manual_seed(run.step))
-        for group in optimizer.param_groups:
-            group["lr"] = run.rate(peak_rate)
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(run.rate(peak_rate))
         ema.update(model)
         if run.advance(batch):
             with ema.applied(model), torch.no_grad():
                 prompts = [full_prompt(scene) for scene in held_out]
                 check = task.loss(held_out_latents, prompts, torch.Generator().manual_seed(0))
-                run.log(loss=loss.detach(), held_out=check, pictures=float(store.count), scale=scale)
+                run.log(loss=loss.item(), held_out=check.item(), pictures=len(store))
                 if evaluations % 4 == 0 or run.finished:
-                    sample_sheet(model, vae, tokenizer, scale, folder / f"unet-{run.step:06d}.png")
+                    sample_sheet(model, vae, tokenizer, folder / f"unet-{run.step:06d}.png")
             evaluations += 1
 
 
-def sample_sheet(model: Trainee, vae: AutoencoderKL, tokenizer: CLIPTokenizer, scale: float, path: Path) -> None:
+def sample_sheet(model: Trainee, vae: AutoencoderKL, tokenizer: CLIPTokenizer, path: Path) -> None:
     """Draw held-out prompts with 25 DDIM steps at guidance 4."""
     scenes = [scene_at(i, HELD_OUT_SEED) for i in range(1000, 1000 + _SAMPLE_PROMPTS)]
     prompts = [full_prompt(scene) for scene in scenes]
@@ -201,7 +211,7 @@ def sample_sheet(model: Trainee, vae: AutoencoderKL, tokenizer: CLIPTokenizer, s
     table = make_table("ddim", ScheduleConfig.from_dict(SCHEDULER_CONFIG), 25)
     x = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(0))
     x, _ = denoise(model.unet, table, x, context, 4.0, [], lambda i, latents: True)
-    grid(to_images(vae.decode(x / scale)), columns=6).save(path)
+    grid(to_images(vae.decode(x / model.scale)), columns=6).save(path)
     path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
 
 
@@ -215,17 +225,8 @@ def main() -> None:
     parser.add_argument("--rate", type=float, default=1e-3, help="peak learning rate")
     parser.add_argument("--grow", type=int, default=16, help="pictures drawn and encoded per step")
     parser.add_argument("--init", type=Path, help="diffusers folder whose weights a new run starts from")
-    parser.add_argument("--capacity", type=int, default=120_000, help="pictures kept at most")
     arguments = parser.parse_args()
-    train(
-        arguments.out,
-        arguments.minutes,
-        arguments.batch,
-        arguments.rate,
-        arguments.grow,
-        arguments.capacity,
-        arguments.init,
-    )
+    train(arguments.out, arguments.minutes, arguments.batch, arguments.rate, arguments.grow, arguments.init)
 
 
 if __name__ == "__main__":

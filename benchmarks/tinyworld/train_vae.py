@@ -14,7 +14,8 @@ from safetensors.torch import load_file
 from torch import Tensor
 
 from benchmarks.tinyworld.data import HELD_OUT_SEED, grid, pictures_at, to_images
-from benchmarks.tinyworld.training import EMA, Run
+from benchmarks.tinyworld.evaluate import psnr_db, reconstruct
+from benchmarks.tinyworld.training import EMA, Optimizer, Run
 from engine.config import VAEConfig
 from engine.vae import AutoencoderKL
 
@@ -35,20 +36,12 @@ _KL_WEIGHT = 1e-4
 _L1_WEIGHT = 0.2
 
 
-def psnr(vae: AutoencoderKL, pictures: Tensor) -> Tensor:
-    """Mean over pictures of the PSNR in dB of decode(encode(x)), for a signal range of 2."""
-    with torch.inference_mode():
-        rows = [vae.decode(vae.encode(rows)).clamp(-1, 1) for rows in pictures.split(16)]
-    error = (torch.cat(rows) - pictures).square().mean(dim=(1, 2, 3))
-    return (10 * torch.log10(4 / error)).mean()
-
-
 def train(folder: Path, minutes: float, batch: int, peak_rate: float, decoder_only: bool, init: Path | None) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(VAEConfig.from_dict(VAE_CONFIG))
     if init is not None:
         vae.load_state_dict(load_file(init / "vae/diffusion_pytorch_model.safetensors"))
-    optimizer = torch.optim.AdamW(vae.parameters(), lr=peak_rate, betas=(0.9, 0.99), weight_decay=1e-3, fused=True)
+    optimizer = Optimizer(vae, weight_decay=1e-3)
     ema = EMA(vae, 0.998)
     run = Run(folder, "vae", minutes, {"model": vae, "optimizer": optimizer, "ema": ema})
     if decoder_only:
@@ -59,8 +52,6 @@ def train(folder: Path, minutes: float, batch: int, peak_rate: float, decoder_on
     while not run.finished:
         generator = torch.Generator().manual_seed(run.step)
         pictures = pictures_at(range(run.samples, run.samples + batch))
-        for group in optimizer.param_groups:
-            group["lr"] = run.rate(peak_rate)
         with torch.autocast("cpu", torch.bfloat16):
             mean, std = vae.posterior(pictures)
             noise = torch.randn(mean.shape, generator=generator)
@@ -69,20 +60,17 @@ def train(folder: Path, minutes: float, batch: int, peak_rate: float, decoder_on
         kl = 0.5 * (mean.float().square() + std.float().square() - 1 - 2 * std.float().log()).mean()
         loss = error.square().mean() + _L1_WEIGHT * error.abs().mean() + _KL_WEIGHT * kl
         loss.backward()
-        torch.nn.utils.clip_grad_norm_(vae.parameters(), 1.0)
-        optimizer.step()
-        optimizer.zero_grad(set_to_none=True)
+        optimizer.step(run.rate(peak_rate))
         ema.update(vae)
         if run.advance(batch):
             with ema.applied(vae):
-                run.log(loss=loss.detach(), kl=kl.detach(), std=mean.float().std(), psnr_db=psnr(vae, held_out))
-                _sheet(vae, held_out[:24], folder / "vae.png")
+                decoded = reconstruct(vae, held_out)
+                run.log(loss=loss.item(), kl=kl.item(), std=mean.std().item(), psnr_db=psnr_db(decoded, held_out))
+                _sheet(held_out[:24], decoded[:24], folder / "vae.png")
 
 
-def _sheet(vae: AutoencoderKL, pictures: Tensor, path: Path) -> None:
+def _sheet(pictures: Tensor, decoded: Tensor, path: Path) -> None:
     """Originals beside their reconstructions."""
-    with torch.inference_mode():
-        decoded = vae.decode(vae.encode(pictures))
     pairs = itertools.chain.from_iterable(zip(to_images(pictures), to_images(decoded), strict=True))
     grid(list(pairs), columns=8).save(path)
 

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 
 class EMA:
@@ -36,6 +36,46 @@ class EMA:
             yield
         finally:
             module.load_state_dict(own)
+
+
+class Optimizer:
+    """Muon (Jordan et al. 2024) for the matrices and convolution filters of a module, AdamW for everything else.
+
+    A filter of shape (out, in, height, width) is one matrix of ``out`` rows. Muon's steps are scaled to AdamW's mean
+    size, so that one learning rate serves both. Embeddings and tensors of one row or column stay with AdamW.
+    """
+
+    def __init__(self, module: nn.Module, weight_decay: float) -> None:
+        embeddings = {id(m.weight) for m in module.modules() if isinstance(m, nn.Embedding)}
+        self.parameters = [p for p in module.parameters() if p.requires_grad]
+        self._filters, others = [], []
+        for p in self.parameters:
+            is_matrix = p.ndim >= 2 and min(p.flatten(1).shape) > 4 and id(p) not in embeddings
+            (self._filters if is_matrix else others).append(p)
+        self._matrices = [nn.Parameter(p.detach().flatten(1)) for p in self._filters]
+        self.parts = (
+            torch.optim.Muon(self._matrices, weight_decay=weight_decay, adjust_lr_fn="match_rms_adamw"),
+            torch.optim.AdamW(others, betas=(0.9, 0.99), weight_decay=weight_decay, fused=True),
+        )
+
+    def step(self, rate: float) -> None:
+        """Clip the gradients to a norm of 1, take one step with learning rate ``rate``, drop the gradients."""
+        torch.nn.utils.clip_grad_norm_(self.parameters, 1.0)
+        for matrix, filters in zip(self._matrices, self._filters, strict=True):
+            matrix.grad = None if filters.grad is None else filters.grad.flatten(1)
+        for part in self.parts:
+            for group in part.param_groups:
+                group["lr"] = rate
+            part.step()
+        for p in self.parameters:
+            p.grad = None
+
+    def state_dict(self) -> dict[str, Any]:
+        return {"muon": self.parts[0].state_dict(), "adamw": self.parts[1].state_dict()}
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.parts[0].load_state_dict(state["muon"])
+        self.parts[1].load_state_dict(state["adamw"])
 
 
 class Run:
@@ -88,10 +128,10 @@ class Run:
         torch.save(state, temporary)
         temporary.replace(self.path)
 
-    def log(self, **values: float | Tensor) -> None:
+    def log(self, **values: float) -> None:
         """Append one record to the log and print it."""
         record = {"step": self.step, "samples": self.samples, "minutes": round(self.seconds / 60, 2)}
-        record |= {name: round(float(value), 5) for name, value in values.items()}
+        record |= {name: round(value, 5) for name, value in values.items()}
         with self.log_path.open("a") as file:
             file.write(json.dumps(record) + "\n")
         print(record, flush=True)

@@ -9,7 +9,7 @@ import torch
 from benchmarks.tinyworld.data import pictures_at, to_images
 from benchmarks.tinyworld.train_unet import LatentStore, training_attention
 from benchmarks.tinyworld.train_vae import VAE_CONFIG
-from benchmarks.tinyworld.training import EMA, Run
+from benchmarks.tinyworld.training import EMA, Optimizer, Run
 from engine.config import VAEConfig
 from engine.kernels.attention import attention_ref
 from engine.vae import AutoencoderKL
@@ -62,13 +62,33 @@ def test_averages_are_lent_and_taken_back() -> None:
 def test_the_store_grows_and_is_found_again(tmp_path: Path) -> None:
     torch.manual_seed(0)
     vae = AutoencoderKL(VAEConfig.from_dict(VAE_CONFIG)).eval().requires_grad_(False)
-    store = LatentStore(tmp_path / "latents", vae, capacity=6)
-    store.grow(2)
-    store.grow(3)
-    assert LatentStore(tmp_path / "latents", vae, capacity=6).count == store.count == 5
-    store.grow(5)
-    assert store.count == 6
-    assert torch.equal(store.take([1, 4])[1], LatentStore(tmp_path / "latents", vae, 6).take([4])[0])
+    path = tmp_path / "latents"
+    store = LatentStore(path)
+    assert len(store) == 0
+    store.grow(vae, 2)
+    with path.open("ab") as file:
+        file.write(b"torn")  # what a kill may leave
+    again = LatentStore(path)
+    assert len(again) == 2
+    again.grow(vae, 3)
+    assert len(again) == len(LatentStore(path)) == 5
+    assert torch.equal(again.take([1, 4])[0], store.take([1])[0])
+    expected = vae.encode(pictures_at(range(4, 5)))
+    torch.testing.assert_close(again.take([4]), expected, rtol=0.1, atol=0.1)  # encoded in bfloat16
+
+
+def test_one_step_is_muon_for_filters_and_adamw_for_the_rest() -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 6, 3), torch.nn.GroupNorm(2, 6))
+    before = [p.detach().clone() for p in model.parameters()]
+    optimizer = Optimizer(model, weight_decay=0.0)
+    model(torch.randn(2, 8, 5, 5)).square().mean().backward()
+    optimizer.step(0.01)
+    changes = [(p.detach() - was) for p, was in zip(model.parameters(), before, strict=True)]
+    stretch = torch.linalg.svdvals(changes[0].flatten(1))
+    assert stretch.min() > 0.5 * stretch.max()  # Muon's step is near an orthogonal matrix
+    assert changes[2].abs().max() == pytest.approx(0.01, rel=0.01)  # AdamW's first step is the rate
+    assert all(p.grad is None for p in model.parameters())
 
 
 def test_training_attention_is_attention() -> None:

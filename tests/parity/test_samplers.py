@@ -19,7 +19,7 @@ def _ours(table: SamplerTable, latents: Tensor, draws: list[Tensor], image: Tens
     history = table.start_history(x)
     for i in range(len(table)):
         prediction = _model(x * table.input_scale[i], table.timesteps[i])
-        noise = draws[i] if table.stochastic and i < table.noise_draws else None
+        noise = draws[i] if i < table.noise_draws else None
         x, history = step(table, x, prediction, torch.full((len(x),), i), history, noise)
     return x
 
