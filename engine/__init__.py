@@ -9,8 +9,10 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
+    from .concept import Concept
     from .engine import Engine, UnknownArgumentError
-    from .errors import CheckpointError, NonFiniteError
+    from .errors import CheckpointError, ConceptFileError, NonFiniteError
+    from .infusion import Infusion
     from .loading import generate, load
     from .result import Result
     from .samplers import SAMPLERS
@@ -18,7 +20,10 @@ if TYPE_CHECKING:
 _HOMES = {
     "SAMPLERS": "samplers",
     "CheckpointError": "errors",
+    "Concept": "concept",
+    "ConceptFileError": "errors",
     "Engine": "engine",
+    "Infusion": "infusion",
     "NonFiniteError": "errors",
     "Result": "result",
     "UnknownArgumentError": "engine",
@@ -28,7 +33,10 @@ _HOMES = {
 __all__ = [
     "SAMPLERS",
     "CheckpointError",
+    "Concept",
+    "ConceptFileError",
     "Engine",
+    "Infusion",
     "NonFiniteError",
     "Result",
     "UnknownArgumentError",

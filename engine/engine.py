@@ -8,6 +8,7 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from typing import Any
+from weakref import WeakKeyDictionary
 
 import numpy as np
 import torch
@@ -15,12 +16,15 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .concept import Concept
 from .config import ScheduleConfig
 from .denoise import denoise
 from .errors import NonFiniteError
+from .infusion import Infusion, project
 from .ops import Ops
 from .request import Callback, ModelLimits, Picture, Request, make_request
 from .result import Result
+from .rows import RowPlan, make_plan
 from .samplers import SamplerTable, make_table
 from .text import TextEncoder
 from .unet import UNet2DConditionModel
@@ -53,6 +57,7 @@ class Engine:
         self.name, self.unet, self.vae, self.text_encoder = name, unet, vae, text_encoder
         self.schedule, self.backend = schedule, backend
         self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
+        self._projected: WeakKeyDictionary[Concept, tuple[Tensor, ...]] = WeakKeyDictionary()
         self._limits = ModelLimits(
             factor=vae.config.factor,
             sample_size=unet.config.sample_size,
@@ -77,7 +82,7 @@ class Engine:
         image: Picture | Sequence[Picture] | None = None,
         strength: float = 0.8,
         latents: Tensor | None = None,
-        customization: Any = None,
+        customization: Infusion | Sequence[Infusion | None] | None = None,
         output: str = "pil",
         callback: Callback | None = None,
         progress: bool = True,
@@ -102,7 +107,8 @@ class Engine:
             image: picture(s) to start from, PIL or (H, W, 3) arrays.
             strength: share of the schedule that redraws ``image``; above 0, at most 1.
             latents: unit-variance start noise (B, 4, h, w), in place of the seeds' own.
-            customization: reserved for ``Infusion`` and ``DCI``.
+            customization: an ``Infusion``, for all images or one per image; None draws with the model as it is.
+                Images with the same texts, seed and start share one foundation.
             output: "pil", "numpy" or "latent".
             callback: ``callback(step, total, latents)`` after every step, counted from 0; returning False cancels, and
                 the result then has no images.
@@ -140,18 +146,20 @@ class Engine:
         table = make_table(request.sampler, self.schedule, request.steps, request.eta, request.begin).to(self.device)
         clock = _StageClock(self.device)
         with clock("text"):
-            context = self._context(request)
+            plan = make_plan(request, self.text_encoder, self._project, self.device)
         with clock("encode"):
-            x, noise = self._start(request, table)
+            start, noise = self._start(request, table)
         with clock("denoise"), tqdm(total=len(table), disable=not request.progress, unit="step") as bar:
-            steps_taken = _Steps(request.callback, len(table), bar)
-            x, finite = denoise(self.unet, table, x, context, request.guidance_scale, noise, steps_taken)
+            steps_taken = _Steps(request.callback, len(table), bar, plan.pictures)
+            x, finite = denoise(self.unet, table, plan, start, noise, steps_taken)
         _check_finite(finite, table)
         with clock("decode"):
-            images = [] if steps_taken.cancelled else self._pictures(request, x)
+            images = [] if steps_taken.cancelled else self._pictures(request, x[plan.pictures])
+            foundation_images = [] if steps_taken.cancelled else self._foundation_pictures(request, plan, x)
         return Result(
             images=images,
-            latents=x,
+            foundation_images=foundation_images,
+            latents=x[plan.pictures],
             seeds=list(request.seeds),
             settings=self._settings(request),
             timings=clock.seconds(),
@@ -162,13 +170,11 @@ class Engine:
         """Encode prompts to (B, 77, E), with their token weights applied."""
         return self.text_encoder.encode([prompts] if isinstance(prompts, str) else prompts)
 
-    def _context(self, request: Request) -> Tensor:
-        """Encoded text of every UNet row, unconditional rows first; each distinct text is encoded once."""
-        guided = request.guidance_scale != 1
-        texts = (*request.negative_prompts, *request.prompts) if guided else request.prompts
-        distinct = list(dict.fromkeys(texts))
-        encoded = self.text_encoder.encode(distinct)
-        return encoded[torch.tensor([distinct.index(text) for text in texts], device=encoded.device)]
+    def _project(self, concept: Concept) -> tuple[Tensor, ...]:
+        """A concept's projected residuals, computed once for as long as the concept lives."""
+        if concept not in self._projected:
+            self._projected[concept] = project(concept, self.unet)
+        return self._projected[concept]
 
     def _start(self, request: Request, table: SamplerTable) -> tuple[Tensor, list[Tensor]]:
         """The first ``x``, and the noise of every step that draws some, in the order diffusers would draw it."""
@@ -199,6 +205,14 @@ class Engine:
             return pixels
         return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in pixels]
 
+    def _foundation_pictures(self, request: Request, plan: RowPlan, x: Tensor) -> list[Any] | None:
+        """The picture of each image's foundation, None where it has none; each trajectory is decoded once."""
+        distinct = [trajectory for trajectory in dict.fromkeys(plan.foundations) if trajectory is not None]
+        if not distinct:
+            return None
+        pictures = dict(zip(distinct, self._pictures(request, x[distinct]), strict=True))
+        return [None if trajectory is None else pictures[trajectory] for trajectory in plan.foundations]
+
     def _run_vae(self, part: str, run: Callable[[AutoencoderKL], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Run the VAE and check what it gives; one that overflows in float16 is tried once more in float32."""
         results = run(self.vae)
@@ -228,6 +242,7 @@ class Engine:
             "width": request.width,
             "strength": None if request.image is None else request.strength,
             "given_latents": request.latents is not None,
+            "customizations": [None if one is None else one.settings() for one in request.customizations],
             "vae_slicing": request.vae_slicing,
             "vae_tiling": request.vae_tiling,
             "model": self.name,
@@ -240,13 +255,13 @@ class Engine:
 class _Steps:
     """Progress and cancellation after each step."""
 
-    def __init__(self, callback: Callback | None, total: int, bar: tqdm) -> None:
-        self.callback, self.total, self.bar = callback, total, bar
+    def __init__(self, callback: Callback | None, total: int, bar: tqdm, pictures: Tensor) -> None:
+        self.callback, self.total, self.bar, self.pictures = callback, total, bar, pictures
         self.cancelled = False
 
     def __call__(self, i: int, latents: Tensor) -> bool:
         self.bar.update()
-        answer = None if self.callback is None else self.callback(i, self.total, latents)
+        answer = None if self.callback is None else self.callback(i, self.total, latents[self.pictures])
         self.cancelled = answer is not None and not answer
         return not self.cancelled
 

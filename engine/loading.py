@@ -11,10 +11,10 @@ from typing import Any
 import torch
 
 from .checkpoint import Checkpoint, open_checkpoint
+from .checks import check_choice
 from .engine import Engine
 from .errors import CheckpointError
 from .ops import TORCH, TRITON, Ops
-from .request import check_choice
 from .result import Result
 from .text import TextEncoder
 from .unet import UNet2DConditionModel

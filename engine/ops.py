@@ -8,8 +8,10 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from .kernels.attention import attention_ref
+from .kernels.cross_attention import cross_attention, cross_attention_sdpa
 from .kernels.geglu import geglu, geglu_ref
 from .kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
+from .kernels.residual_apply import residual_apply, residual_apply_ref
 
 
 @dataclass(frozen=True, slots=True)
@@ -18,9 +20,25 @@ class Ops:
 
     name: str
     attention: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    cross_attention: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    residual_apply: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     geglu: Callable[[Tensor], Tensor]
     group_norm_silu: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 
 
-TORCH = Ops("torch", attention_ref, geglu_ref, group_norm_silu_ref)
-TRITON = Ops("triton", attention_ref, geglu, group_norm_silu)  # attention stays torch's until a kernel of ours wins
+TORCH = Ops(
+    name="torch",
+    attention=attention_ref,
+    cross_attention=cross_attention_sdpa,
+    residual_apply=residual_apply_ref,
+    geglu=geglu_ref,
+    group_norm_silu=group_norm_silu_ref,
+)
+TRITON = Ops(
+    name="triton",
+    attention=attention_ref,  # torch's until a kernel of ours wins
+    cross_attention=cross_attention,
+    residual_apply=residual_apply,
+    geglu=geglu,
+    group_norm_silu=group_norm_silu,
+)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import math
 import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -13,6 +12,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
+from .checks import check_choice, check_flag, check_integer, check_number
+from .infusion import Infusion
 from .samplers import SAMPLERS
 
 _OUTPUTS = ("pil", "numpy", "latent")
@@ -35,7 +36,7 @@ class ModelLimits:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call of ``generate``, with one entry per image in ``prompts``, ``negative_prompts`` and ``seeds``."""
+    """One call of ``generate``; prompts, negative prompts, seeds and customisations have one entry per image."""
 
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...]
@@ -50,6 +51,7 @@ class Request:
     image: Tensor | None
     strength: float
     latents: Tensor | None
+    customizations: tuple[Infusion | None, ...]
     output: str
     callback: Callback | None
     progress: bool
@@ -102,8 +104,6 @@ def make_request(
         raise ValueError(f"strength belongs to image-to-image: give an image too, got strength={strength}")
     if image is not None and latents is not None:
         raise ValueError("give image or latents, not both: each says where the picture starts")
-    if customization is not None:
-        raise ValueError(f"customization must be None: this version has no customisation yet, got {customization!r}")
     if output == "latent" and image is None and (vae_slicing or vae_tiling):
         raise ValueError("vae_slicing and vae_tiling belong to the VAE, which output='latent' does not run")
     if callback is not None and not callable(callback):
@@ -127,40 +127,13 @@ def make_request(
         image=None if pictures is None else _image_tensor(pictures, height, width),
         strength=strength,
         latents=None if latents is None else _start_noise(limits, latents, n_images, height, width),
+        customizations=_customizations(customization, n_images),
         output=check_choice("output", output, _OUTPUTS),
         callback=callback,
         progress=check_flag("progress", progress),
         vae_slicing=check_flag("vae_slicing", vae_slicing),
         vae_tiling=check_flag("vae_tiling", vae_tiling),
     )
-
-
-def check_integer(name: str, value: Any, low: int, high: int | None = None) -> int:
-    if isinstance(value, bool) or not isinstance(value, int | np.integer) or value < low:
-        raise ValueError(f"{name} must be an integer >= {low}, got {value!r}")
-    if high is not None and value > high:
-        raise ValueError(f"{name} must be an integer <= {high}, got {value!r}")
-    return int(value)
-
-
-def check_number(name: str, value: Any, low: float, high: float = math.inf) -> float:
-    is_number = isinstance(value, int | float | np.integer | np.floating) and not isinstance(value, bool)
-    if not is_number or not math.isfinite(value) or not low <= value <= high:
-        limit = f">= {low:g}" if high == math.inf else f"from {low:g} to {high:g}"
-        raise ValueError(f"{name} must be a finite number {limit}, got {value!r}")
-    return float(value)
-
-
-def check_choice(name: str, value: Any, choices: tuple[str, ...]) -> str:
-    if not isinstance(value, str) or value not in choices:
-        raise ValueError(f"{name} must be one of {', '.join(choices)}, got {value!r}")
-    return value
-
-
-def check_flag(name: str, value: Any) -> bool:
-    if not isinstance(value, bool):
-        raise ValueError(f"{name} must be True or False, got {value!r}")
-    return value
 
 
 def _texts(name: str, value: Any) -> list[str]:
@@ -180,6 +153,17 @@ def _seeds(seed: Any, n_images: int) -> tuple[int, ...]:
         return tuple(check_integer("seed", value, 0, _MAX_SEED) for value in seed)
     first = check_integer("seed", seed, 0, _MAX_SEED - (n_images - 1))
     return tuple(range(first, first + n_images))
+
+
+def _customizations(customization: Any, n_images: int) -> tuple[Infusion | None, ...]:
+    """One per image: as given, or the same for all."""
+    given = customization if isinstance(customization, list | tuple) else [customization] * n_images
+    if len(given) != n_images:
+        raise ValueError(f"customization must be one, or one per image ({n_images}), got {len(given)}")
+    for one in given:
+        if one is not None and not isinstance(one, Infusion):
+            raise ValueError(f"customization must be an engine.Infusion, None, or a list of these, got {one!r}")
+    return tuple(given)
 
 
 def _size(

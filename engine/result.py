@@ -36,7 +36,8 @@ class Result:
         seeds: one per image.
         settings: the request as it was honoured, JSON-serialisable; pictures and latents given to it are not included.
         timings: seconds per stage ("text", "encode", "denoise", "decode", "total").
-        foundation_images: the foundation pipeline's pictures, where a customisation has one.
+        foundation_images: for each image its foundation's picture, in the form of ``images``, or None where it has
+            none; None if no image has one.
         cancelled: whether a callback ended the request early.
     """
 
@@ -45,7 +46,7 @@ class Result:
     seeds: list[int]
     settings: dict[str, Any]
     timings: dict[str, float]
-    foundation_images: list[Image.Image] | None = None
+    foundation_images: list[Any] | None = None
     cancelled: bool = field(default=False)
 
     def png_info(self, i: int) -> PngInfo:
@@ -101,6 +102,6 @@ class Result:
         return self.images
 
     def _image_settings(self, i: int) -> dict[str, Any]:
-        per_image = {"prompt": "prompts", "negative_prompt": "negative_prompts", "seed": "seeds"}
+        per_image = {name: f"{name}s" for name in ("prompt", "negative_prompt", "seed", "customization")}
         shared = {name: value for name, value in self.settings.items() if name not in per_image.values()}
         return {name: self.settings[many][i] for name, many in per_image.items()} | shared

@@ -7,6 +7,7 @@ their own entry by index, so the rows of one batch may differ in timestep, promp
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -19,16 +20,40 @@ from .ops import TORCH, Ops
 
 
 @dataclass(frozen=True, slots=True)
+class Following:
+    """The last F of a batch's B rows take their attention maps from others (Infusion, arXiv:2404.14007, eq. 9).
+
+    ``attn2`` of a following row is its leader's, plus the leader's map columns times projected residual values.
+
+    Attributes:
+        tokens: (B - F, T) int64, per map-owning row the tokens whose columns are followed.
+        leaders: (F,) int64, the map-owning row that each follower follows.
+        residuals: per cross-attention layer (F, T*H, C), heads last; see ``infusion.project``.
+        foundation: per layer, output and columns of the rows followed, where they are not in this batch (B = F).
+    """
+
+    tokens: Tensor
+    leaders: Tensor
+    residuals: tuple[Tensor, ...]
+    foundation: tuple[tuple[Tensor, Tensor], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
 class Conditioning:
     """What the rows of a batch are conditioned on, projected for every layer.
 
     Attributes:
         shifts: per resnet (B, C), the projected time embedding.
-        text: per cross-attention layer, keys and values (B, S, C).
+        text: per cross-attention layer, keys and values (B - F, S, C) of the rows that own their map.
+        following: how the other F rows follow these; None if there are none.
+        observe: called with layer, attention output (B - F, N, C) and map columns (B - F, N, T*H) where tokens are
+            followed.
     """
 
     shifts: tuple[Tensor, ...]
     text: tuple[tuple[Tensor, Tensor], ...]
+    following: Following | None = None
+    observe: Callable[[int, Tensor, Tensor], None] | None = None
 
 
 class SelfAttention(nn.Module):
@@ -62,6 +87,15 @@ class CrossAttention(nn.Module):
         keys, values = condition.text[self.layer]
         return self.to_out[0](self.ops.attention(self.to_q(x), keys, values, self.n_heads))
 
+    def with_columns(self, x: Tensor, condition: Conditioning, tokens: Tensor) -> tuple[Tensor, Tensor]:
+        """The output, and the map's columns (B, N, T*H) at ``tokens`` (B, T)."""
+        keys, values = condition.text[self.layer]
+        attended, columns = self.ops.cross_attention(self.to_q(x), keys, values, tokens, self.n_heads)
+        out = self.to_out[0](attended)
+        if condition.observe is not None:
+            condition.observe(self.layer, out, columns)
+        return out, columns
+
 
 class GEGLU(nn.Module):
     def __init__(self, channels: int, inner: int, ops: Ops) -> None:
@@ -87,6 +121,7 @@ class FeedForward(nn.Module):
 class BasicTransformerBlock(nn.Module):
     def __init__(self, channels: int, text_width: int, n_heads: int, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.norm1 = nn.LayerNorm(channels)
         self.attn1 = SelfAttention(channels, n_heads, ops)
         self.norm2 = nn.LayerNorm(channels)
@@ -96,8 +131,25 @@ class BasicTransformerBlock(nn.Module):
 
     def forward(self, x: Tensor, condition: Conditioning) -> Tensor:
         x = x + self.attn1(self.norm1(x))
-        x = x + self.attn2(self.norm2(x), condition)
+        if condition.following is None:
+            x = x + self.attn2(self.norm2(x), condition)
+        else:
+            x = self._follow(x, condition, condition.following)
         return x + self.ff(self.norm3(x))
+
+    def _follow(self, x: Tensor, condition: Conditioning, following: Following) -> Tensor:
+        n_followers = len(following.leaders)
+        own, followers = x.split([len(x) - n_followers, n_followers])
+        if len(own):
+            out, columns = self.attn2.with_columns(self.norm2(own), condition, following.tokens)
+            own = own + out
+        else:
+            out, columns = following.foundation[self.attn2.layer]
+        if not n_followers:
+            return own
+        residuals = following.residuals[self.attn2.layer]
+        followers = self.ops.residual_apply(followers, out, columns, following.leaders, residuals)
+        return torch.cat([own, followers])
 
 
 class Transformer2DModel(nn.Module):

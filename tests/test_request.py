@@ -55,7 +55,7 @@ _PICTURE = Image.new("RGB", (16, 16))
         ({"latents": torch.zeros(1, 4, 8, 8, dtype=torch.int64)}, "floating-point"),
         ({"latents": torch.full((1, 4, 8, 8), torch.nan)}, "latents must be finite"),
         ({"latents": torch.zeros(1, 4, 8, 8), "height": 32}, "latents must have shape (1, 4, 16, 8)"),
-        ({"customization": "cat"}, "customization must be None"),
+        ({"customization": "cat"}, "customization must be an engine.Infusion"),
         ({"output": "jpeg"}, "output must be one of pil, numpy, latent, got 'jpeg'"),
         ({"callback": 3}, "callback must be callable"),
         ({"progress": 1}, "progress must be True or False, got 1"),

@@ -18,13 +18,12 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.tinyworld.captions import caption, full_prompt
-from benchmarks.tinyworld.data import HELD_OUT_SEED, grid, pictures_at, scene_at, to_images
+from benchmarks.tinyworld.data import HELD_OUT_SEED, grid, pictures_at, scene_at
 from benchmarks.tinyworld.train_vae import VAE_CONFIG
 from benchmarks.tinyworld.training import EMA, Optimizer, Run
 from engine.config import ScheduleConfig, UNetConfig, VAEConfig
-from engine.denoise import denoise
+from engine.engine import Engine
 from engine.ops import TORCH
-from engine.samplers import make_table
 from engine.schedule import alphas_cumprod
 from engine.text import TextEncoder
 from engine.unet import UNet2DConditionModel
@@ -205,13 +204,12 @@ def train(folder: Path, minutes: float, batch: int, peak_rate: float, grow: int,
 
 def sample_sheet(model: Trainee, vae: AutoencoderKL, tokenizer: CLIPTokenizer, path: Path) -> None:
     """Draw held-out prompts with 25 DDIM steps at guidance 4."""
-    scenes = [scene_at(i, HELD_OUT_SEED) for i in range(1000, 1000 + _SAMPLE_PROMPTS)]
-    prompts = [full_prompt(scene) for scene in scenes]
-    context = TextEncoder(tokenizer, model.text).encode([""] * len(prompts) + prompts)
-    table = make_table("ddim", ScheduleConfig.from_dict(SCHEDULER_CONFIG), 25)
-    x = torch.randn(len(prompts), 4, 16, 16, generator=torch.Generator().manual_seed(0))
-    x, _ = denoise(model.unet, table, x, context, 4.0, [], lambda i, latents: True)
-    grid(to_images(vae.decode(x / model.scale)), columns=6).save(path)
+    vae.config = replace(vae.config, scaling_factor=float(model.scale))
+    schedule = ScheduleConfig.from_dict(SCHEDULER_CONFIG)
+    trainee = Engine("tinyworld", model.unet, vae, TextEncoder(tokenizer, model.text), schedule, TORCH)
+    prompts = [full_prompt(scene_at(i, HELD_OUT_SEED)) for i in range(1000, 1000 + _SAMPLE_PROMPTS)]
+    out = trainee.generate(prompts, steps=25, guidance_scale=4.0, seed=0, progress=False)
+    grid(out.images, columns=6).save(path)
     path.with_suffix(".txt").write_text("\n".join(prompts) + "\n")
 
 

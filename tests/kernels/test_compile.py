@@ -19,10 +19,12 @@ def test_ahead_of_time_compilation() -> None:
     )
     usages = json.loads(done.stdout)
     kernels = {usage["kernel"] for usage in usages}
-    assert {"_geglu_fwd_kernel", "_group_norm_stats_kernel", "_group_norm_combine_kernel"} <= kernels
+    products = {"_cross_attention_fwd_kernel", "_cross_attention_pair_fwd_kernel", "_residual_apply_fwd_kernel"}
+    assert {"_geglu_fwd_kernel", "_group_norm_stats_kernel", "_group_norm_combine_kernel"} | products <= kernels
     for kernel in kernels:
         assert {usage["architecture"] for usage in usages if usage["kernel"] == kernel} == set(ARCHITECTURES)
     for usage in usages:
         print(usage)
         assert usage["spill_instructions"] == 0, usage
+        assert (usage["matrix_instructions"] > 0) == (usage["kernel"] in products), usage
         assert 0 < usage["registers"] <= 255
