@@ -16,6 +16,7 @@ if TYPE_CHECKING:
     from .loading import generate, load
     from .result import Result
     from .samplers import SAMPLERS
+    from .train.infusion import train_infusion
 
 _HOMES = {
     "SAMPLERS": "samplers",
@@ -29,6 +30,7 @@ _HOMES = {
     "UnknownArgumentError": "engine",
     "generate": "loading",
     "load": "loading",
+    "train_infusion": "train.infusion",
 }
 __all__ = [
     "SAMPLERS",
@@ -43,6 +45,7 @@ __all__ = [
     "__version__",
     "generate",
     "load",
+    "train_infusion",
 ]
 
 

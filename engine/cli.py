@@ -1,4 +1,4 @@
-"""The command line: ``twinstream generate | info``."""
+"""The command line: ``twinstream generate | train infusion | info``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from .checks import check_choice
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -54,14 +55,45 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument("--image", type=Path, help="picture to start from")
     generate.add_argument("--strength", type=float, default=0.8, help="share of the schedule that redraws --image")
     generate.add_argument("--vae-tiling", action="store_true", help="decode large pictures tile by tile")
+    generate.add_argument(
+        "--concept", type=Path, action="append", metavar="FILE", help="draw with this concept; may be repeated"
+    )
+    generate.add_argument(
+        "--foundation", default="parallel", help="with concepts: parallel (also draws the base picture) or shared"
+    )
     generate.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)")
     generate.add_argument("--grid", action="store_true", help="also write all pictures as one sheet, grid.png")
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
     generate.set_defaults(run=_generate)
 
+    _add_train(commands.add_parser("train", help="learn a concept from a few pictures"), model)
+
     info = commands.add_parser("info", parents=[model], help="show device, versions and what each op runs on")
     info.set_defaults(run=_info)
     return parser
+
+
+def _add_train(parser: argparse.ArgumentParser, model: argparse.ArgumentParser) -> None:
+    methods = parser.add_subparsers(required=True, metavar="method")
+    infusion = methods.add_parser("infusion", parents=[model], help="residuals under the foundation's attention maps")
+    infusion.add_argument("images", type=Path, help="folder with the pictures (jpg, png, webp)")
+    infusion.add_argument("--noun", required=True, help="class noun, as prompts will spell it")
+    infusion.add_argument("--out", type=Path, required=True, metavar="FILE", help="concept file to write")
+    infusion.add_argument("--file-dtype", default="float16", help="float16 or int8 (half the size)")
+    infusion.add_argument("--steps", type=int, default=500)
+    infusion.add_argument("--learning-rate", type=float, default=0.01)
+    infusion.add_argument("--batch-size", type=int, default=4)
+    infusion.add_argument("--accumulation-steps", type=int, default=1)
+    infusion.add_argument("--space", default="text", help="text or value")
+    infusion.add_argument("--masks", type=Path, help="folder with a greyscale mask per picture, by the same stem")
+    infusion.add_argument("--size", type=int, help="training resolution in pixels (default: the model's)")
+    infusion.add_argument("--seed", type=int, default=0)
+    infusion.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
+    infusion.add_argument("--folder", type=Path, help="for checkpoint, log and samples; a stopped run goes on from it")
+    infusion.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
+    infusion.add_argument("--sample-every", type=int, default=100, metavar="STEPS", help="0 for no samples")
+    infusion.add_argument("--quiet", action="store_true", help="no progress bar")
+    infusion.set_defaults(run=_train_infusion)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -91,9 +123,43 @@ def _load(arguments: argparse.Namespace) -> Engine:
     )
 
 
+def _train_infusion(arguments: argparse.Namespace) -> int:
+    import engine
+
+    check_choice("file-dtype", arguments.file_dtype, ("float16", "int8"))  # before the training, not after
+    if not arguments.out.parent.is_dir():
+        raise ValueError(f"out must be a file in an existing folder, got {str(arguments.out)!r}")
+    concept = engine.train_infusion(
+        _load(arguments),
+        arguments.images,
+        arguments.noun,
+        steps=arguments.steps,
+        learning_rate=arguments.learning_rate,
+        batch_size=arguments.batch_size,
+        accumulation_steps=arguments.accumulation_steps,
+        space=arguments.space,
+        masks=arguments.masks,
+        size=arguments.size,
+        seed=arguments.seed,
+        gradient_checkpointing=arguments.gradient_checkpointing,
+        folder=arguments.folder,
+        checkpoint_every=arguments.checkpoint_every,
+        sample_every=arguments.sample_every,
+        progress=not arguments.quiet,
+    )
+    concept.save(arguments.out, arguments.file_dtype)
+    print(f"{arguments.out}  {arguments.out.stat().st_size} bytes")
+    return 0
+
+
 def _generate(arguments: argparse.Namespace) -> int:
     from PIL import Image
 
+    import engine
+
+    concepts = [engine.Concept.load(path) for path in arguments.concept or ()]
+    if not concepts and arguments.foundation != "parallel":
+        raise ValueError(f"foundation belongs to concepts: give --concept too, got {arguments.foundation!r}")
     image = None if arguments.image is None else Image.open(arguments.image)
     width, height = arguments.size or (None, None)
     out = _load(arguments).generate(
@@ -109,6 +175,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         images_per_prompt=arguments.count,
         image=image,
         strength=arguments.strength,
+        customization=engine.Infusion(concepts, foundation=arguments.foundation) if concepts else None,
         vae_tiling=arguments.vae_tiling,
         progress=not arguments.quiet,
     )

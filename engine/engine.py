@@ -7,6 +7,7 @@ import time
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
 
@@ -20,7 +21,7 @@ from .concept import Concept
 from .config import ScheduleConfig
 from .denoise import denoise
 from .errors import NonFiniteError
-from .infusion import Infusion, project
+from .infusion import Infusion, fingerprint, project
 from .ops import Ops
 from .request import Callback, ModelLimits, Picture, Request, make_request
 from .result import Result
@@ -170,10 +171,15 @@ class Engine:
         """Encode prompts to (B, 77, E), with their token weights applied."""
         return self.text_encoder.encode([prompts] if isinstance(prompts, str) else prompts)
 
+    @cached_property
+    def fingerprint(self) -> tuple[float, ...]:
+        """Tells base models apart; see ``infusion.fingerprint``."""
+        return fingerprint(self.unet)
+
     def _project(self, concept: Concept) -> tuple[Tensor, ...]:
         """A concept's projected residuals, computed once for as long as the concept lives."""
         if concept not in self._projected:
-            self._projected[concept] = project(concept, self.unet)
+            self._projected[concept] = project(concept, self.unet, self.fingerprint)
         return self._projected[concept]
 
     def _start(self, request: Request, table: SamplerTable) -> tuple[Tensor, list[Tensor]]:

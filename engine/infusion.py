@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import re
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -15,6 +16,8 @@ from .concept import Concept
 from .errors import ConceptFileError
 from .text import Tokens
 from .unet import CrossAttention, UNet2DConditionModel
+
+_SAME_BASE = 0.05  # fine-tunes stay below, and so do roundings to any dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -94,13 +97,31 @@ def find_noun(text: Tokens, noun: str, occurrence: int | None = None) -> list[in
     return [i + 1 for i, (first, stop) in enumerate(text.spans) if first < end and stop > start]
 
 
+def residual_widths(unet: UNet2DConditionModel, space: str) -> dict[str, int]:
+    """Length of each cross-attention layer's residual, in "text" or "value" space, in forward order."""
+    layers = unet.cross_attentions.items()
+    return {name: attn2.to_v.in_features if space == "text" else attn2.to_v.out_features for name, attn2 in layers}
+
+
+def fingerprint(unet: UNet2DConditionModel) -> tuple[float, ...]:
+    """What tells base models apart, in any dtype: one random projection of each layer's normalised value weights.
+
+    Two unrelated models differ by about 1 in every number; weights that differ by a relative d differ by about d.
+    """
+    numbers = []
+    for attn2 in unet.cross_attentions.values():
+        weight = attn2.to_v.weight.detach().cpu().double()
+        pattern = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        numbers.append(round(float((weight * pattern).sum() / weight.norm()), 4))
+    return tuple(numbers)
+
+
 def check_fit(concept: Concept, unet: UNet2DConditionModel) -> None:
     """Raise ``ConceptFileError`` unless the concept has one residual of the right width for every layer."""
-    expected = {
-        name: attn2.to_v.in_features if concept.space == "text" else attn2.to_v.out_features
-        for name, attn2 in unet.cross_attentions.items()
-    }
+    expected = residual_widths(unet, concept.space)
     where = f"concept {concept.name!r}"
+    if concept.base and len(concept.base) != len(expected):
+        raise ConceptFileError(f"{where}: base must have {len(expected)} numbers here, found {len(concept.base)}")
     if missing := [name for name in expected if name not in concept.residuals]:
         raise ConceptFileError(
             f"{where}: this model has {len(expected)} cross-attention layers, the concept {len(concept.residuals)}; "
@@ -132,9 +153,17 @@ def project_residual(attn2: CrossAttention, residual: Tensor, space: str) -> Ten
 
 
 @torch.no_grad()
-def project(concept: Concept, unet: UNet2DConditionModel) -> tuple[Tensor, ...]:
-    """Per cross-attention layer, the projected residual (H, C), in the weights' device and dtype."""
+def project(concept: Concept, unet: UNet2DConditionModel, base: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """Per cross-attention layer, the projected residual (H, C), in the weights' device and dtype.
+
+    Raises:
+        ConceptFileError: the concept does not fit. One of another model with the same sizes, told by the model's
+            fingerprint ``base``, is used with a warning.
+    """
     check_fit(concept, unet)
+    if concept.base and max(abs(a - b) for a, b in zip(concept.base, base, strict=True)) > _SAME_BASE:
+        message = f"concept {concept.name!r} was trained on another model; its residuals may mean nothing to this one"
+        warnings.warn(message, stacklevel=2)
     like = unet.conv_in.weight
     return tuple(
         project_residual(attn2, concept.residuals[name].to(like.device, torch.float32), concept.space).to(like.dtype)

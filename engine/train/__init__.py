@@ -1,0 +1,1 @@
+"""Training of concepts; UNet and VAE weights never change."""

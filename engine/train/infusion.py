@@ -1,0 +1,288 @@
+"""Training of Infusion concepts (arXiv:2404.14007, eq. 8): one residual vector per cross-attention layer, no more."""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint
+
+from ..checks import check_choice, check_flag, check_integer, check_number
+from ..concept import Concept
+from ..engine import Engine
+from ..infusion import Infusion, find_noun, project_residual, residual_widths
+from ..ops import TORCH
+from ..schedule import alphas_cumprod
+from ..unet import Conditioning, Following, Transformer2DModel, UNet2DConditionModel, UNetResnet
+from .loop import Callback, Options, run
+from .pictures import Pictures, make_generator
+
+TEMPLATES = (
+    "a photo of a {}",
+    "a photo of the {}",
+    "a picture of a {}",
+    "a good photo of a {}",
+    "a close-up photo of a {}",
+    "a rendering of a {}",
+    "a {}",
+)
+_SAMPLE_SEEDS = (0, 1, 2, 3)
+_SAMPLE_STEPS = 25
+
+
+def train_infusion(
+    sd: Engine,
+    images: str | Path | Sequence[Any],
+    noun: str,
+    *,
+    steps: int = 500,
+    learning_rate: float = 0.01,
+    batch_size: int = 4,
+    accumulation_steps: int = 1,
+    space: str = "text",
+    tokens: str = "last",
+    masks: str | Path | Sequence[Any] | None = None,
+    templates: Sequence[str] = TEMPLATES,
+    size: int | None = None,
+    seed: int = 0,
+    gradient_checkpointing: bool = False,
+    folder: str | Path | None = None,
+    checkpoint_every: int = 100,
+    sample_every: int = 100,
+    sample_prompts: Sequence[str] | None = None,
+    callback: Callback | None = None,
+    progress: bool = True,
+) -> Concept:
+    """Learn a concept from a few pictures.
+
+    Minimises ``E ||eps - eps_C(z_t, t, text)||^2`` over the residuals alone, which start at zero. The foundation runs
+    without gradient on the same noisy latents and text, and the customised pass takes its attention maps.
+
+    Args:
+        sd: the model; its weights stay as they are.
+        images: a folder (jpg, png, webp) or a list of files, PIL pictures or arrays; middle squares are used.
+        noun: the class noun, as prompts will spell it.
+        steps: optimiser steps.
+        learning_rate: of AdamW, without weight decay.
+        batch_size: pictures per micro-batch.
+        accumulation_steps: micro-batches per step.
+        space: "text" (before the value projection, 16 x 768 numbers for SD v1.5) or "value" (after it).
+        tokens: whether a noun of several tokens is customised at its "last" one or at "all".
+        masks: a greyscale picture per reference picture, in a folder by the same stem or in a list; the loss is the
+            mean over what they mark.
+        templates: prompts with a place ``{}`` for the noun.
+        size: training resolution in pixels; the model's own where not given.
+        seed: of everything random.
+        gradient_checkpointing: recompute activations in the backward pass; slower, in a fraction of the memory.
+        folder: where checkpoint, log (also TensorBoard's, if it is installed) and sample sheets go; a run that was
+            stopped goes on from there.
+        checkpoint_every, sample_every: in steps; no samples for 0.
+        sample_prompts: prompts of the sample sheets (foundation above customised), which must contain the noun.
+        callback: ``callback(step, total, loss)`` after every step, counted from 0; returning False ends the training.
+        progress: show a progress bar.
+
+    Returns:
+        The concept.
+
+    Raises:
+        ValueError: an argument cannot be honoured; the message gives the rule and the value.
+        NonFiniteError: the loss became NaN or infinite.
+    """
+    check_integer("sample_every", sample_every, 0)
+    if folder is None and sample_prompts is not None:
+        raise ValueError("sample_prompts needs a folder for the sheets; give folder too")
+    objective = InfusionObjective(
+        sd,
+        images,
+        noun,
+        learning_rate=check_number("learning_rate", learning_rate, 0.0),
+        batch_size=check_integer("batch_size", batch_size, 1),
+        accumulation_steps=check_integer("accumulation_steps", accumulation_steps, 1),
+        space=check_choice("space", space, ("text", "value")),
+        tokens=check_choice("tokens", tokens, ("last", "all")),
+        masks=masks,
+        templates=templates,
+        size=size,
+        seed=check_integer("seed", seed, 0),
+        gradient_checkpointing=check_flag("gradient_checkpointing", gradient_checkpointing),
+        sample_prompts=sample_prompts,
+    )
+    options = Options(
+        steps=check_integer("steps", steps, 1),
+        accumulation_steps=accumulation_steps,
+        folder=None if folder is None else Path(folder),
+        checkpoint_every=check_integer("checkpoint_every", checkpoint_every, 1),
+        sample_every=sample_every,
+        callback=callback,
+        progress=check_flag("progress", progress),
+    )
+    return objective.concept(run(objective, options))
+
+
+class InfusionObjective:
+    """Residuals, and their loss on reference pictures."""
+
+    def __init__(
+        self,
+        sd: Engine,
+        images: Any,
+        noun: str,
+        *,
+        learning_rate: float,
+        batch_size: int,
+        accumulation_steps: int,
+        space: str,
+        tokens: str,
+        masks: Any,
+        templates: Sequence[str],
+        size: int | None,
+        seed: int,
+        gradient_checkpointing: bool,
+        sample_prompts: Sequence[str] | None,
+    ) -> None:
+        factor = sd.vae.config.factor
+        size = sd.unet.config.sample_size * factor if size is None else check_integer("size", size, factor)
+        if size % factor:
+            raise ValueError(f"size must be a multiple of {factor}, got {size}")
+        self.sd, self.noun, self.space, self.tokens = sd, noun, space, tokens
+        self.learning_rate, self.batch_size, self.seed = learning_rate, batch_size, seed
+        self.layers = sd.unet.cross_attentions
+        widths = residual_widths(sd.unet, space)
+        self.parameters = {name: nn.Parameter(torch.zeros(n, device=sd.device)) for name, n in widths.items()}
+        self.pictures = Pictures(sd, images, masks, size)
+        prompts = [_fill(template, noun) for template in templates]
+        self.sample_prompts = [_fill(TEMPLATES[0], noun)] if sample_prompts is None else list(sample_prompts)
+        positions = [self._positions(prompt) for prompt in prompts]
+        for prompt in self.sample_prompts:
+            self._positions(prompt)
+        self.text = sd.unet.text_kv(sd.encode_prompt(prompts))
+        self.positions = torch.tensor(positions, device=sd.device)
+        self.alphas_cumprod = torch.from_numpy(alphas_cumprod(sd.schedule)).float().to(sd.device)
+        self.unet = _differentiable(sd.unet, gradient_checkpointing)
+        self.settings = {
+            "method": "infusion",
+            "model": sd.name,
+            "dtype": str(sd.dtype).removeprefix("torch."),
+            "noun": noun,
+            "space": space,
+            "tokens": tokens,
+            "learning_rate": learning_rate,
+            "batch_size": batch_size,
+            "accumulation_steps": accumulation_steps,
+            "pictures": self.pictures.n_pictures,
+            "masks": masks is not None,
+            "templates": list(templates),
+            "size": size,
+            "seed": seed,
+        }
+
+    def _positions(self, prompt: str) -> list[int]:
+        positions = find_noun(self.sd.text_encoder.tokenize(prompt), self.noun)
+        return positions if self.tokens == "all" else positions[-1:]
+
+    def optimizer(self) -> torch.optim.Optimizer:
+        return torch.optim.AdamW(self.parameters.values(), lr=self.learning_rate, weight_decay=0.0)
+
+    def loss(self, part: int) -> Tensor:
+        """Squared error of the customised noise prediction on micro-batch ``part``; mean, or mean over masks."""
+        batch = self.pictures.batch(self.seed, part * self.batch_size, self.batch_size)
+        generator = make_generator(self.seed, 2, part)
+        latents, n_steps = batch.latents, len(self.alphas_cumprod)
+        timesteps = torch.randint(0, n_steps, (len(latents),), generator=generator).to(latents.device)
+        prompts = torch.randint(0, len(self.positions), (len(latents),), generator=generator).to(latents.device)
+        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
+        alpha_bar = self.alphas_cumprod[timesteps][:, None, None, None]
+        noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
+        error = (self._predict(noisy, timesteps, prompts) - noise).square()
+        if batch.weights is None:
+            return error.mean()
+        return (batch.weights * error).sum() / (batch.weights.sum() * error.shape[1])
+
+    def _predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
+        """The customised pass's noise prediction, float32, under the foundation's maps on the same latents."""
+        n_rows, n_tokens = len(noisy), self.positions.shape[1]
+        nobody = torch.empty(0, dtype=torch.int64, device=noisy.device)
+        maps: list[tuple[Tensor, Tensor]] = []
+        with self._autocast():
+            noisy = noisy.to(self.sd.dtype)
+            with torch.no_grad():
+                shifts = self.unet.time_shifts(timesteps)
+                text = tuple((keys[prompts], values[prompts]) for keys, values in self.text)
+                watched = Following(self.positions[prompts], nobody, ())
+                keep = lambda layer, out, columns: maps.append((out, columns))  # noqa: E731
+                self.unet.denoise(noisy, Conditioning(shifts, text, watched, keep))
+            residuals = tuple(
+                project_residual(attn2, self.parameters[name], self.space).repeat(n_tokens, 1).expand(n_rows, -1, -1)
+                for name, attn2 in self.layers.items()
+            )
+            residuals = tuple(residual.to(out.dtype) for residual, (out, _) in zip(residuals, maps, strict=True))
+            everyone = torch.arange(n_rows, device=noisy.device)
+            following = Following(watched.tokens, everyone, residuals, tuple(maps))
+            return self.unet.denoise(noisy, Conditioning(shifts, (), following)).float()
+
+    def _autocast(self) -> Any:
+        """bfloat16 products on a GPU: float16's range is too small for gradients."""
+        if self.sd.device.type == "cuda" and self.sd.dtype != torch.bfloat16:
+            return torch.autocast("cuda", torch.bfloat16)
+        return contextlib.nullcontext()
+
+    def concept(self, steps: int) -> Concept:
+        """The concept as it is now, after ``steps`` steps."""
+        residuals = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
+        training = {name: self.settings[name] for name in ("model", "learning_rate", "batch_size", "pictures", "seed")}
+        return Concept(self.noun, residuals, self.space, self.sd.fingerprint, {"steps": steps, **training})
+
+    def sample(self) -> Image.Image:
+        """For every sample prompt and fixed seed, the foundation's picture above the customised one."""
+        concept, n_seeds = self.concept(0), len(_SAMPLE_SEEDS)
+        out = self.sd.generate(
+            self.sample_prompts,
+            images_per_prompt=n_seeds,
+            seed=list(_SAMPLE_SEEDS) * len(self.sample_prompts),
+            steps=_SAMPLE_STEPS,
+            customization=Infusion([concept], tokens=self.tokens),
+            progress=False,
+        )
+        width, height = out.images[0].size
+        sheet = Image.new("RGB", (n_seeds * width, 2 * len(self.sample_prompts) * height))
+        for i, (base, custom) in enumerate(zip(out.foundation_images or [], out.images, strict=True)):
+            x, y = i % n_seeds * width, i // n_seeds * 2 * height
+            sheet.paste(base, (x, y))
+            sheet.paste(custom, (x, y + height))
+        return sheet
+
+
+def _fill(template: str, noun: str) -> str:
+    if not isinstance(template, str) or template.count("{}") != 1:
+        raise ValueError(f"templates must be texts with one place {{}} for the noun, got {template!r}")
+    return template.format(noun)
+
+
+class _Recomputed(nn.Module):
+    """A layer whose activations are not kept but recomputed in the backward pass."""
+
+    def __init__(self, layer: nn.Module) -> None:
+        super().__init__()
+        self.layer = layer
+
+    def forward(self, x: Tensor, condition: Conditioning) -> Any:
+        return checkpoint(self.layer, x, condition, use_reentrant=False)
+
+
+def _differentiable(unet: UNet2DConditionModel, gradient_checkpointing: bool) -> UNet2DConditionModel:
+    """The same UNet, sharing its weights, on ops that have gradients."""
+    with torch.device("meta"):
+        twin = UNet2DConditionModel(unet.config, TORCH)
+    twin.load_state_dict(unet.state_dict(), assign=True)
+    twin.eval().requires_grad_(False)
+    if gradient_checkpointing:
+        for layers in [module for module in twin.modules() if isinstance(module, nn.ModuleList)]:
+            for i, layer in enumerate(layers):
+                if isinstance(layer, UNetResnet | Transformer2DModel):
+                    layers[i] = _Recomputed(layer)
+    return twin
