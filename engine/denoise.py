@@ -9,7 +9,7 @@ from torch import Tensor
 
 from .rows import RowPlan
 from .samplers import SamplerTable, step
-from .unet import Conditioning, UNet2DConditionModel
+from .unet import Conditioning, Observe, UNet2DConditionModel
 
 
 def denoise(
@@ -19,6 +19,7 @@ def denoise(
     start: Tensor,
     noise: Sequence[Tensor],
     on_step: Callable[[int, Tensor], bool],
+    observe: Observe | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Run a sampler from its first step to its last.
 
@@ -31,6 +32,7 @@ def denoise(
         start: (I, 4, h, w) float32 start of each image, at the table's first noise level.
         noise: what each of the table's noisy steps draws, (I, 4, h, w) each.
         on_step: called with the index and the trajectories' latents after each step; False ends the loop.
+        observe: see ``Conditioning``.
 
     Returns:
         The latents of all trajectories (P, 4, h, w), and for each step (T,) whether these were finite.
@@ -44,7 +46,8 @@ def denoise(
     finite = torch.ones(len(table), dtype=torch.bool, device=x.device)
     for i in range(len(table)):
         rows = (x * table.input_scale[i]).to(dtype)[plan.trajectories]
-        condition = Conditioning(tuple(shift[i].expand(len(rows), -1) for shift in shifts), text, plan.following)
+        shift = tuple(shift[i].expand(len(rows), -1) for shift in shifts)
+        condition = Conditioning(shift, text, plan.following, observe)
         noise_pred = unet.denoise(rows, condition).float()
         unconditional, conditional = noise_pred[plan.unconditional], noise_pred[plan.conditional]
         noise_pred = unconditional + plan.guidance_scale * (conditional - unconditional)

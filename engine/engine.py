@@ -17,6 +17,7 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
+from .attention import Recorder
 from .concept import Concept
 from .config import ScheduleConfig
 from .denoise import denoise
@@ -84,6 +85,7 @@ class Engine:
         strength: float = 0.8,
         latents: Tensor | None = None,
         customization: Infusion | Sequence[Infusion | None] | None = None,
+        attention_words: Sequence[str] = (),
         output: str = "pil",
         callback: Callback | None = None,
         progress: bool = True,
@@ -110,6 +112,8 @@ class Engine:
             latents: unit-variance start noise (B, 4, h, w), in place of the seeds' own.
             customization: an ``Infusion``, for all images or one per image; None draws with the model as it is.
                 Images with the same texts, seed and start share one foundation.
+            attention_words: words of every prompt whose attention maps to record, at the cost of copying them to the
+                host at every step; see ``Result.attention``.
             output: "pil", "numpy" or "latent".
             callback: ``callback(step, total, latents)`` after every step, counted from 0; returning False cancels, and
                 the result then has no images.
@@ -138,6 +142,7 @@ class Engine:
             strength=strength,
             latents=latents,
             customization=customization,
+            attention_words=attention_words,
             output=output,
             callback=callback,
             progress=progress,
@@ -152,7 +157,8 @@ class Engine:
             start, noise = self._start(request, table)
         with clock("denoise"), tqdm(total=len(table), disable=not request.progress, unit="step") as bar:
             steps_taken = _Steps(request.callback, len(table), bar, plan.pictures)
-            x, finite = denoise(self.unet, table, plan, start, noise, steps_taken)
+            recorder = self._recorder(request, plan)
+            x, finite = denoise(self.unet, table, plan, start, noise, steps_taken, recorder)
         _check_finite(finite, table)
         with clock("decode"):
             images = [] if steps_taken.cancelled else self._pictures(request, x[plan.pictures])
@@ -161,6 +167,7 @@ class Engine:
             images=images,
             foundation_images=foundation_images,
             latents=x[plan.pictures],
+            attention=None if recorder is None else recorder.result(),
             seeds=list(request.seeds),
             settings=self._settings(request),
             timings=clock.seconds(),
@@ -218,6 +225,13 @@ class Engine:
             return None
         pictures = dict(zip(distinct, self._pictures(request, x[distinct]), strict=True))
         return [None if trajectory is None else pictures[trajectory] for trajectory in plan.foundations]
+
+    def _recorder(self, request: Request, plan: RowPlan) -> Recorder | None:
+        if not request.attention_words:
+            return None
+        n_heads = {name: attn2.n_heads for name, attn2 in self.unet.cross_attentions.items()}
+        size = (request.height // self._limits.factor, request.width // self._limits.factor)
+        return Recorder(request.attention_words, n_heads, plan.watched, size)
 
     def _run_vae(self, part: str, run: Callable[[AutoencoderKL], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Run the VAE and check what it gives; one that overflows in float16 is tried once more in float32."""

@@ -52,6 +52,7 @@ class Request:
     strength: float
     latents: Tensor | None
     customizations: tuple[Infusion | None, ...]
+    attention_words: tuple[str, ...]
     output: str
     callback: Callback | None
     progress: bool
@@ -76,6 +77,7 @@ def make_request(
     strength: float,
     latents: Tensor | None,
     customization: Any,
+    attention_words: Sequence[str],
     output: str,
     callback: Callback | None,
     progress: bool,
@@ -128,6 +130,7 @@ def make_request(
         strength=strength,
         latents=None if latents is None else _start_noise(limits, latents, n_images, height, width),
         customizations=_customizations(customization, n_images),
+        attention_words=() if attention_words in ((), []) else tuple(_texts("attention_words", attention_words)),
         output=check_choice("output", output, _OUTPUTS),
         callback=callback,
         progress=check_flag("progress", progress),

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,6 +12,7 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
+from .attention import AttentionMaps
 from .version import __version__
 
 _A1111_SAMPLERS = {
@@ -38,6 +39,7 @@ class Result:
         timings: seconds per stage ("text", "encode", "denoise", "decode", "total").
         foundation_images: for each image its foundation's picture, in the form of ``images``, or None where it has
             none; None if no image has one.
+        attention: maps of the request's attention words, if it named some.
         cancelled: whether a callback ended the request early.
     """
 
@@ -47,7 +49,8 @@ class Result:
     settings: dict[str, Any]
     timings: dict[str, float]
     foundation_images: list[Any] | None = None
-    cancelled: bool = field(default=False)
+    attention: AttentionMaps | None = None
+    cancelled: bool = False
 
     def png_info(self, i: int) -> PngInfo:
         """PNG text of image ``i``: A1111's ``parameters``, and everything as JSON under ``twinstream``."""

@@ -13,8 +13,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from .attention import Watched
 from .concept import Concept
-from .infusion import token_positions
+from .infusion import find_noun, token_positions
 from .request import Request
 from .text import TextEncoder
 from .unet import Following
@@ -34,7 +35,8 @@ class RowPlan:
         context: (n_texts, S, E) encoded texts.
         unconditional, conditional: (P,) the two rows that guidance combines; one row twice where it is off.
         guidance_scale: (P, 1, 1, 1) float32.
-        following: how rows follow others; None if none does.
+        following: how rows follow others, and whose map columns are watched; None for neither.
+        watched: for each image its map-owning row, and the slots of each attention word's tokens among the columns.
         pictures: (I,) each image's own trajectory.
         foundations: each image's foundation trajectory, None where it has none.
     """
@@ -47,6 +49,7 @@ class RowPlan:
     conditional: Tensor
     guidance_scale: Tensor
     following: Following | None
+    watched: tuple[Watched, ...]
     pictures: Tensor
     foundations: tuple[int | None, ...]
 
@@ -81,16 +84,21 @@ class _Rows:
         self.foundations: list[int | None] = []
         self.owners: list[tuple[int, str]] = []  # trajectory and text
         self.followers: list[tuple[int, int, Residuals]] = []  # trajectory, leader, residuals
+        self.watched: list[tuple[int, list[list[int]]]] = []  # per image: leader, and each word's token positions
         self._plain: dict[tuple, int] = {}  # uncustomised trajectories, by all that decides them
 
     def add_image(self, i: int) -> None:
         infusion = self.request.customizations[i]
-        if infusion is None:
-            self.pictures.append(self._plain_trajectory(i))
-            self.foundations.append(None)
-            return
         prompt, negative = self.request.prompts[i], self.request.negative_prompts[i]
-        residuals = token_positions(self.text_encoder.tokenize(prompt), infusion)
+        tokens = self.text_encoder.tokenize(prompt)
+        words = [find_noun(tokens, word) for word in self.request.attention_words]
+        if infusion is None:
+            trajectory = self._plain_trajectory(i)
+            self.pictures.append(trajectory)
+            self.foundations.append(None)
+            self.watched.append((self.guided[trajectory][1], words))
+            return
+        residuals = token_positions(tokens, infusion)
         if infusion.foundation == "parallel":
             foundation = self._plain_trajectory(i)
             leader_unconditional, leader = self.guided[foundation]
@@ -103,12 +111,15 @@ class _Rows:
             foundation, trajectory = None, self._new_trajectory(i)
             unconditional = self._own(trajectory, negative) if self.is_guided else None
             leader = self._own(trajectory, prompt)
+        self.watched.append((leader, words))
         self._guide(unconditional, self._follow(trajectory, leader, residuals))
         self.pictures.append(trajectory)
         self.foundations.append(foundation)
 
     def plan(self, project: Project, device: torch.device) -> RowPlan:
         texts = list(dict.fromkeys(text for _, text in self.owners))
+        slots = self._slots()
+        columns_wanted = self.followers or self.request.attention_words
 
         def index(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
@@ -124,19 +135,28 @@ class _Rows:
             unconditional=index([number(row) for row, _ in self.guided]),
             conditional=index([number(row) for _, row in self.guided]),
             guidance_scale=torch.full((len(self.images), 1, 1, 1), self.request.guidance_scale, device=device),
-            following=self._following(project, device) if self.followers else None,
+            following=self._following(slots, project, device) if columns_wanted else None,
+            watched=tuple(
+                (row, [[slots[row].index(position) for position in word] for word in words])
+                for row, words in self.watched
+            ),
             pictures=index(self.pictures),
             foundations=tuple(self.foundations),
         )
 
-    def _following(self, project: Project, device: torch.device) -> Following:
-        """Give each leader's tokens slots in order of their positions, and each follower its values in these slots."""
+    def _slots(self) -> list[list[int]]:
+        """For each map-owning row the tokens whose columns are wanted, in order of position, filled up with token 0."""
         wanted: list[set[int]] = [set() for _ in self.owners]
         for _, leader, residuals in self.followers:
             wanted[leader] |= residuals.keys()
+        for row, words in self.watched:
+            wanted[row].update(at for word in words for at in word)
         n_slots = max(map(len, wanted))
-        slots = [(sorted(positions) + [0] * n_slots)[:n_slots] for positions in wanted]  # unused ones stay zero
-        values: list[Tensor] = []
+        return [(sorted(positions) + [0] * n_slots)[:n_slots] for positions in wanted]
+
+    def _following(self, slots: list[list[int]], project: Project, device: torch.device) -> Following:
+        """Each follower's residual values, in its leader's slots; those of other tokens stay zero."""
+        n_slots, values = len(slots[0]), list[Tensor]()
         for number, (_, leader, residuals) in enumerate(self.followers):
             for position, concepts in residuals.items():
                 for concept in concepts:

@@ -18,6 +18,8 @@ from .config import UNetConfig
 from .layers import Downsample2D, GroupNorm, GroupNormSiLU, ResnetBlock2D, Upsample2D, timestep_embedding
 from .ops import TORCH, Ops
 
+Observe = Callable[[int, Tensor, Tensor], None]
+
 
 @dataclass(frozen=True, slots=True)
 class Following:
@@ -53,7 +55,7 @@ class Conditioning:
     shifts: tuple[Tensor, ...]
     text: tuple[tuple[Tensor, Tensor], ...]
     following: Following | None = None
-    observe: Callable[[int, Tensor, Tensor], None] | None = None
+    observe: Observe | None = None
 
 
 class SelfAttention(nn.Module):
