@@ -1,0 +1,129 @@
+"""What following costs: FLOPs counted at full size, no map in memory, concepts that switch at once."""
+
+import statistics
+import time
+from dataclasses import fields, replace
+
+import psutil
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.flop_counter import FlopCounterMode
+
+import engine
+from engine.config import UNetConfig
+from engine.request import make_request
+from engine.rows import make_plan
+from engine.unet import Conditioning, Following, UNet2DConditionModel
+
+_SD_V1_5 = {
+    "_class_name": "UNet2DConditionModel",
+    "in_channels": 4,
+    "out_channels": 4,
+    "sample_size": 64,
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+    "norm_num_groups": 32,
+    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
+    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
+}
+
+
+def _concept(sd: engine.Engine, seed: int = 0) -> engine.Concept:
+    generator = torch.Generator().manual_seed(seed)
+    widths = {name: attn2.to_v.in_features for name, attn2 in sd.unet.cross_attentions.items()}
+    return engine.Concept("cat", {name: torch.randn(width, generator=generator) for name, width in widths.items()})
+
+
+def _flops(unet: UNet2DConditionModel, n_own: int, n_followers: int) -> int:
+    """Of one denoising step on the meta device, at 512x512."""
+    n_rows = n_own + n_followers
+    with torch.device("meta"), torch.no_grad():
+        text = unet.text_kv(torch.empty(n_own, 77, 768))
+        shifts = tuple(shift.expand(n_rows, -1) for shift in unet.time_shifts(torch.empty(1)))
+        following = None
+        if n_followers:
+            layers = unet.cross_attentions.values()
+            residuals = tuple(torch.empty(n_followers, one.n_heads, one.to_v.out_features) for one in layers)
+            tokens = torch.empty(n_own, 1, dtype=torch.int64)
+            following = Following(tokens, torch.empty(n_followers, dtype=torch.int64), residuals)
+        with FlopCounterMode(display=False) as counter:
+            unet.denoise(torch.empty(n_rows, 4, 64, 64), Conditioning(shifts, text, following))
+    return counter.get_total_flops()
+
+
+def test_a_following_row_costs_less_than_a_plain_one() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(UNetConfig.from_dict(_SD_V1_5))
+    plain = _flops(unet, 1, 0)
+    assert plain == pytest.approx(800e9, rel=0.01)  # 803.3 GFLOP less the text's keys and values
+    follower = _flops(unet, 1, 3) - _flops(unet, 1, 2)
+    assert follower <= 0.97 * plain
+    leader = _flops(unet, 1, 1) - follower
+    assert leader <= 1.002 * plain  # the columns cost next to nothing
+
+
+class _Shapes(TorchDispatchMode):
+    """Records the shape of everything that is computed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.shapes: set[tuple[int, ...]] = set()
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        for x in out if isinstance(out, tuple | list) else (out,):
+            if isinstance(x, torch.Tensor):
+                self.shapes.add(tuple(x.shape))
+        return out
+
+
+def test_no_map_is_written(small: engine.Engine) -> None:
+    with _Shapes() as seen:
+        small.generate(
+            "a cat", customization=engine.Infusion([_concept(small)]), steps=1, seed=0, output="latent", progress=False
+        )
+    n_positions = {64, 16}  # of the small model's layers
+    maps = [shape for shape in seen.shapes if len(shape) >= 2 and shape[-1] in (77, 80) and shape[-2] in n_positions]
+    assert not maps
+    assert any(shape[-1] == 3 and 64 in shape for shape in seen.shapes)  # one token's columns, over three heads
+
+
+def _request(sd: engine.Engine, concept: engine.Concept):
+    arguments = dict.fromkeys(engine.Engine.generate.__wrapped__.__kwdefaults__)
+    arguments |= engine.Engine.generate.__wrapped__.__kwdefaults__
+    return make_request(sd._limits, prompt="a cat", **(arguments | {"customization": engine.Infusion([concept])}))
+
+
+class _KnownText:
+    """A text encoder that has seen the prompt before."""
+
+    def __init__(self, encoder) -> None:
+        self.tokens, self.context = encoder.tokenize("a cat"), encoder.encode(["", "a cat"])
+
+    def tokenize(self, _prompt: str):
+        return self.tokens
+
+    def encode(self, _prompts: list[str]):
+        return self.context
+
+
+def test_concepts_switch_at_once(small: engine.Engine) -> None:
+    concepts = [_concept(small, seed) for seed in range(1000)]
+    text = _KnownText(small.text_encoder)
+    request = _request(small, concepts[0])
+    for concept in concepts:
+        small._project(concept)
+    make_plan(request, text, small._project, small.device)
+    resident_bytes = psutil.Process().memory_info().rss
+    seconds = []
+    for concept in concepts:
+        request = replace(request, customizations=(engine.Infusion([concept]),))
+        start = time.perf_counter()
+        plan = make_plan(request, text, small._project, small.device)
+        seconds.append(time.perf_counter() - start)
+    assert statistics.median(seconds) < 1e-3
+    assert psutil.Process().memory_info().rss - resident_bytes < 4e6
+    assert {field.name for field in fields(plan)} >= {"following", "trajectories"}
