@@ -66,10 +66,10 @@ def caption(scene: Scene, rng: random.Random) -> str:
 
 
 def full_prompt(scene: Scene) -> str:
-    """The standard form of a scene: style, objects, their colours and extras, and the background."""
+    """The standard form of a scene: style, objects, their colours (one that is "" stays unsaid), extras, background."""
     phrases = []
     for thing in scene.things:
-        phrase = _with_article(f"{thing.colour} {thing.object}")
+        phrase = _with_article(f"{thing.colour} {thing.object}".strip())
         phrases.append(f"{phrase} {_EXTRAS[thing.extra][0]}".strip())
     background = _BACKGROUNDS[scene.background][0].format(scene.plain_colour)
     return f"{_STYLES[scene.style][0]} {' and '.join(phrases)} {background}"
