@@ -23,7 +23,8 @@ def tables() -> str:
     parts = []
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
-        parts.append(_speed(path, result) if "records" in result else _quality(path, result))
+        kinds = {"records": _speed, "results": _quality, "infusion": _infusion}
+        parts.append(next(show(path, result) for name, show in kinds.items() if name in result))
     return "\n".join(parts) or "Not measured.\n"
 
 
@@ -73,6 +74,32 @@ def _quality(path: Path, result: dict[str, Any]) -> str:
             low, high = found["interval"]
             cells.append(f"{100 * found['accuracy']:.1f} ({100 * low:.1f} to {100 * high:.1f})")
         lines.append(f"| {name} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
+
+
+def _infusion(path: Path, result: dict[str, Any]) -> str:
+    about, settings = result["machine"], result["settings"]
+    lines = [
+        "Infusion on tinyworld: 5 reference pictures in 2 contexts, "
+        f"{result['infusion'][0]['train_steps']} steps; then {settings['seeds']} pictures in each of {settings['contexts']} contexts, ddim {settings['steps']} steps, "
+        f"guidance {settings['guidance_scale']:g}, commit {about['commit'][:9]} "
+        f"([{path.name}](benchmarks/results/{path.name})); % with 95 % intervals, the foundation's own pictures in "
+        "brackets. The concept's judge is trained on drawings; its accuracy on others stands beside.\n",
+        "| concept | space | foundation | concept seen | background right | object right | judge | trained in |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    base: dict[str, dict[str, Any]] = {}
+    for record in result["infusion"]:
+        base |= {record["concept"]: record["foundation_pictures"]} if "foundation_pictures" in record else {}
+        cells = []
+        for what in ("concept", "background", "object"):
+            low, high = record["customised"][what]["interval"]
+            own, plain = (100 * kind[what]["share"] for kind in (record["customised"], base[record["concept"]]))
+            cells.append(f"{own:.0f} ({100 * low:.0f} to {100 * high:.0f}) [{plain:.0f}]")
+        lines.append(
+            f"| {record['concept']} | {record['space']} | {record['foundation']} | {' | '.join(cells)} | "
+            f"{100 * record['judge_accuracy']:.1f} | {record['training_seconds']:.0f} s |"
+        )
     return "\n".join(lines) + "\n"
 
 

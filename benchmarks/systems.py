@@ -1,4 +1,8 @@
-"""The systems that benchmarks compare, as a guided UNet step, a VAE decode and a whole picture each."""
+"""The systems that benchmarks compare: a guided UNet step, Infusion's steps, a VAE decode and a whole picture each.
+
+The peer draws Infusion as the paper describes it: four rows, an explicit map, and an attention processor that hands it
+from the foundation's rows to the customised ones.
+"""
 
 from __future__ import annotations
 
@@ -13,16 +17,23 @@ import torch
 from torch import Tensor
 
 import engine
+from engine.request import Request, make_request
+from engine.rows import make_plan
 from engine.unet import Conditioning
 
 STEPS, GUIDANCE = 20, 7.5
+CONCEPT_SETS = 8
 _PROMPT = "a photo of a red cat on a beach"
+_NOUN = "cat"
 _TIMESTEP = 481
 
 
 @dataclass(frozen=True, slots=True)
 class System:
-    """One implementation with a loaded model; every case returns its result, for the error beside the time."""
+    """One implementation with a loaded model; every case returns its result, for the error beside the time.
+
+    "infusion_parallel_8" is one step of eight concept sets at one prompt and seed, which the peer draws one by one.
+    """
 
     name: str
     cases: dict[str, Callable[[], Tensor]]
@@ -44,10 +55,55 @@ def twinstream(folder: Path, dtype: torch.dtype) -> System:
         out = sd.generate(_PROMPT, steps=STEPS, guidance_scale=GUIDANCE, seed=0, output="numpy", progress=False)
         return torch.from_numpy(out.images)
 
-    return System(
-        "twinstream",
-        {"guided_step": guided_step, "vae_decode": lambda: sd.vae.decode(unscaled), f"generate_{STEPS}": generate},
-    )
+    cases = {"guided_step": guided_step, "vae_decode": lambda: sd.vae.decode(unscaled), f"generate_{STEPS}": generate}
+    sets = [engine.Concept(_NOUN, residuals) for residuals in concept_sets(_text_widths(sd))]
+    for name, concepts, foundation in (
+        ("infusion_parallel_1", sets[:1], "parallel"),
+        ("infusion_shared", sets[:1], "shared"),
+        (f"infusion_parallel_{CONCEPT_SETS}", sets, "parallel"),
+    ):
+        cases[name] = _infusion_step(sd, concepts, foundation, latents)
+    return System("twinstream", cases)
+
+
+def _infusion_step(
+    sd: engine.Engine, concepts: list[engine.Concept], foundation: str, latents: Tensor
+) -> Callable[[], Tensor]:
+    """The guided predictions of every concept's picture, one after the other."""
+    customizations = [engine.Infusion([concept], foundation=foundation) for concept in concepts]
+    n_sets = len(concepts)
+    request = default_request(sd, _PROMPT, customization=customizations, images_per_prompt=n_sets, seed=[0] * n_sets)
+    with torch.no_grad():
+        plan = make_plan(request, sd.text_encoder, sd._project, sd.device)
+        shifts = sd.unet.time_shifts(torch.tensor([_TIMESTEP]))
+        text = tuple((keys[plan.texts], values[plan.texts]) for keys, values in sd.unet.text_kv(plan.context))
+    rows = latents.to(sd.dtype).expand(len(plan.trajectories), -1, -1, -1).contiguous()
+    condition = Conditioning(tuple(shift.expand(len(rows), -1) for shift in shifts), text, plan.following)
+
+    def step() -> Tensor:
+        noise_pred = sd.unet.denoise(rows, condition).float()
+        unconditional, conditional = noise_pred[plan.unconditional], noise_pred[plan.conditional]
+        return (unconditional + GUIDANCE * (conditional - unconditional))[plan.pictures]
+
+    return step
+
+
+def default_request(sd: engine.Engine, prompt: str, **changes: Any) -> Request:
+    """The request that ``sd.generate(prompt, **changes)`` makes."""
+    defaults = engine.Engine.generate.__wrapped__.__kwdefaults__  # no_grad wraps the method
+    return make_request(sd._limits, prompt=prompt, **(defaults | changes))
+
+
+def _text_widths(sd: engine.Engine) -> dict[str, int]:
+    return {name: attn2.to_v.in_features for name, attn2 in sd.unet.cross_attentions.items()}
+
+
+def concept_sets(widths: dict[str, int]) -> list[dict[str, Tensor]]:
+    """Random text-space residuals of eight concepts, by layer."""
+    generator = torch.Generator().manual_seed(0)
+    return [
+        {name: torch.randn(width, generator=generator) for name, width in widths.items()} for _ in range(CONCEPT_SETS)
+    ]
 
 
 def diffusers_eager(folder: Path, dtype: torch.dtype) -> System:
@@ -73,14 +129,57 @@ def diffusers_eager(folder: Path, dtype: torch.dtype) -> System:
         ).images
         return torch.from_numpy(np.asarray(images))
 
-    return System(
-        "diffusers_eager",
-        {
-            "guided_step": guided_step,
-            "vae_decode": lambda: pipeline.vae.decode(unscaled).sample,
-            f"generate_{STEPS}": generate,
-        },
-    )
+    cases = {
+        "guided_step": guided_step,
+        "vae_decode": lambda: pipeline.vae.decode(unscaled).sample,
+        f"generate_{STEPS}": generate,
+    }
+    infusion = _MapReplacing(pipeline, torch.cat([rows, rows]), torch.cat([context, context]))
+    cases["infusion_parallel_1"] = cases["infusion_shared"] = lambda: infusion.step(0)
+    cases[f"infusion_parallel_{CONCEPT_SETS}"] = lambda: torch.cat([infusion.step(i) for i in range(CONCEPT_SETS)])
+    return System("diffusers_eager", cases)
+
+
+class _MapReplacing:
+    """A diffusers UNet whose last two rows of four attend with the maps of the first two."""
+
+    def __init__(self, pipeline: Any, rows: Tensor, context: Tensor) -> None:
+        self.pipeline, self.rows, self.context = pipeline, rows, context
+        layers = {name: module for name, module in pipeline.unet.named_modules() if name.endswith("attn2")}
+        self.concepts = [
+            {name: residual.to(rows.dtype) for name, residual in concept.items()}
+            for concept in concept_sets({name: layer.to_v.in_features for name, layer in layers.items()})
+        ]
+        self.concept = self.concepts[0]
+        ids = pipeline.tokenizer(_PROMPT).input_ids
+        self.position = ids.index(pipeline.tokenizer(_NOUN).input_ids[1])
+        self.plain = pipeline.unet.attn_processors
+        self.processors = {
+            name: self._processor(name.removesuffix(".processor")) if "attn2" in name else processor
+            for name, processor in self.plain.items()
+        }
+
+    def step(self, i: int) -> Tensor:
+        """The customised picture's guided prediction with concept ``i``."""
+        self.concept = self.concepts[i]
+        self.pipeline.unet.set_attn_processor(dict(self.processors))
+        noise_pred = self.pipeline.unet(self.rows, _TIMESTEP, self.context).sample
+        self.pipeline.unet.set_attn_processor(dict(self.plain))
+        return _guide(noise_pred[2:])
+
+    def _processor(self, name: str) -> Callable[..., Tensor]:
+        def attend(attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+            def heads(x: Tensor) -> Tensor:
+                return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+            queries, keys = heads(attn.to_q(hidden_states[:2])), heads(attn.to_k(encoder_hidden_states[:2]))
+            weights = (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5).softmax(dim=-1)
+            values = attn.to_v(encoder_hidden_states)
+            values[3, self.position] += attn.to_v.weight @ self.concept[name]
+            mixed = torch.cat([weights, weights]) @ heads(values)
+            return attn.to_out[0](mixed.transpose(1, 2).flatten(2))
+
+        return attend
 
 
 def _inputs(context: Tensor, size: int) -> tuple[Tensor, Tensor]:

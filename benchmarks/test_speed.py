@@ -16,10 +16,15 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.systems import System, diffusers_eager, full_size_folder, twinstream
+from benchmarks.systems import CONCEPT_SETS, System, diffusers_eager, full_size_folder, twinstream
 from engine.checkpoint import EMBEDDED_MODEL
 
 _CASES = ("guided_step", "vae_decode", "generate_20")
+_INFUSION_ROWS = {
+    "infusion_parallel_1": 4,
+    "infusion_shared": 3,
+    f"infusion_parallel_{CONCEPT_SETS}": 2 + 2 * CONCEPT_SETS,
+}
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The relative difference from diffusers in float32 that still counts as the same result; a bfloat16 result may also
 # be twice as far away as diffusers' own
@@ -38,7 +43,7 @@ def _exact(model: str, case: str) -> torch.Tensor:
     return _systems(model, "float32")[1].cases[case]().double()
 
 
-def _compare(benchmark: Any, model: str, case: str, dtype: str, rounds: int) -> None:
+def _compare(benchmark: Any, model: str, case: str, dtype: str, rounds: int, rows: int = 2) -> None:
     ours, theirs = (system.cases[case] for system in _systems(model, dtype))
     peer_seconds: list[float] = []
 
@@ -53,7 +58,10 @@ def _compare(benchmark: Any, model: str, case: str, dtype: str, rounds: int) -> 
         assert error <= max(_TOLERANCES[dtype], 2 * peer_error)
         benchmark.pedantic(ours, setup=peer_round, rounds=rounds, warmup_rounds=1)
     own = benchmark.stats.stats.data
-    prefix = {"case": case if model == "tinyworld" else f"{case}_full_size", "dtype": dtype, "rows": 2}
+    if case.endswith(f"_{CONCEPT_SETS}"):
+        case += "_per_concept"
+        own, peer_seconds = ([each / CONCEPT_SETS for each in seconds] for seconds in (own, peer_seconds))
+    prefix = {"case": case if model == "tinyworld" else f"{case}_full_size", "dtype": dtype, "rows": rows}
     benchmark.extra_info["records"] = [
         {**prefix, "system": "twinstream", **_milliseconds(own), "rel_error": error},
         {**prefix, "system": "diffusers_eager", **_milliseconds(peer_seconds[-len(own) :]), "rel_error": peer_error},
@@ -69,6 +77,12 @@ def _milliseconds(seconds: list[float]) -> dict[str, float]:
 @pytest.mark.parametrize("case", _CASES)
 def test_tinyworld(benchmark: Any, case: str, dtype: str) -> None:
     _compare(benchmark, "tinyworld", case, dtype, rounds=50 if case != "generate_20" else 15)
+
+
+@pytest.mark.parametrize("dtype", _DTYPES)
+@pytest.mark.parametrize("case", _INFUSION_ROWS)
+def test_tinyworld_infusion(benchmark: Any, case: str, dtype: str) -> None:
+    _compare(benchmark, "tinyworld", case, dtype, rounds=30, rows=_INFUSION_ROWS[case])
 
 
 @pytest.mark.slow

@@ -11,8 +11,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.flop_counter import FlopCounterMode
 
 import engine
+from benchmarks.systems import default_request
 from engine.config import UNetConfig
-from engine.request import make_request
 from engine.rows import make_plan
 from engine.unet import Conditioning, Following, UNet2DConditionModel
 
@@ -91,12 +91,6 @@ def test_no_map_is_written(small: engine.Engine) -> None:
     assert any(shape[-1] == 3 and 64 in shape for shape in seen.shapes)  # one token's columns, over three heads
 
 
-def _request(sd: engine.Engine, concept: engine.Concept):
-    arguments = dict.fromkeys(engine.Engine.generate.__wrapped__.__kwdefaults__)
-    arguments |= engine.Engine.generate.__wrapped__.__kwdefaults__
-    return make_request(sd._limits, prompt="a cat", **(arguments | {"customization": engine.Infusion([concept])}))
-
-
 class _KnownText:
     """A text encoder that has seen the prompt before."""
 
@@ -113,7 +107,7 @@ class _KnownText:
 def test_concepts_switch_at_once(small: engine.Engine) -> None:
     concepts = [_concept(small, seed) for seed in range(1000)]
     text = _KnownText(small.text_encoder)
-    request = _request(small, concepts[0])
+    request = default_request(small, "a cat", customization=engine.Infusion(concepts[:1]))
     for concept in concepts:
         small._project(concept)
     make_plan(request, text, small._project, small.device)

@@ -54,7 +54,7 @@ def study(
         )
         kinds = {"customised": drawn.images}
         if drawn.foundation_images is not None:
-            kinds["foundation"] = drawn.foundation_images
+            kinds["foundation_pictures"] = drawn.foundation_images
             sheet = grid([*drawn.foundation_images[::seeds], *drawn.images[::seeds]], columns=len(texts))
             sheet.save(out / f"{name}-{space}.png")
         measured = {}
