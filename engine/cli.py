@@ -188,13 +188,18 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _save_grid(out: Result, path: Path) -> Path:
+    """All pictures in rows; those that have a foundation stand to the right of its picture."""
     from PIL import Image
 
-    columns = math.ceil(math.sqrt(len(out.images)))
+    bases = out.foundation_images or [None] * len(out.images)
+    pairs = [(image,) if base is None else (base, image) for base, image in zip(bases, out.images, strict=True)]
+    per_row = len(pairs[0]) * math.ceil(math.sqrt(len(pairs) / len(pairs[0])))
+    pictures = [picture for pair in pairs for picture in pair]
+    columns = min(per_row, len(pictures))
     width, height = out.images[0].size
-    rows = math.ceil(len(out.images) / columns)
+    rows = math.ceil(len(pictures) / columns)
     sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for i, picture in enumerate(out.images):
+    for i, picture in enumerate(pictures):
         sheet.paste(picture, (i % columns * width, i // columns * height))
     sheet.save(path)
     return path

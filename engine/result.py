@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -77,34 +77,41 @@ class Result:
             values["Denoising strength"] = f"{settings['strength']:g}"
         if settings["eta"]:
             values["Eta DDIM"] = f"{settings['eta']:g}"
+        if settings["customization"] is not None:
+            values["Infusion"] = "+".join(concept["name"] for concept in settings["customization"]["concepts"])
         values["Version"] = f"twinstream {__version__}"
         return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items())])
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write the pictures as ``<number>-<seed>.png`` with their settings inside; nothing is overwritten.
 
-        Numbers go on from the highest in the folder, which is created if need be.
+        A foundation's picture goes beside its image as ``<number>-<seed>-foundation.png``. Numbers go on from the
+        highest in the folder, which is created if need be. Returns the images' paths.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
         taken = [int(path.name[:5]) for path in folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
         first = max(taken, default=-1) + 1
-        paths = []
-        for i, (picture, seed) in enumerate(zip(self._pictures(), self.seeds, strict=False)):
-            path = folder / f"{first + i:05d}-{seed}.png"
-            with path.open("xb") as file:
-                picture.save(file, format="PNG", pnginfo=self.png_info(i))
-            paths.append(path)
-        return paths
-
-    def _pictures(self) -> list[Image.Image]:
         if isinstance(self.images, Tensor):
             raise ValueError("latents cannot be saved as pictures; generate with output='pil'")
-        if isinstance(self.images, np.ndarray):
-            return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in self.images]
-        return self.images
+        paths = []
+        for i, image in enumerate(self.images):
+            stem = f"{first + i:05d}-{self.seeds[i]}"
+            paths.append(_write(folder / f"{stem}.png", image, self.png_info(i)))
+            foundation = self.foundation_images[i] if self.foundation_images else None
+            if foundation is not None:
+                plain = replace(self, settings=self.settings | {"customizations": [None] * len(self.seeds)})
+                _write(folder / f"{stem}-foundation.png", foundation, plain.png_info(i))
+        return paths
 
     def _image_settings(self, i: int) -> dict[str, Any]:
         per_image = {name: f"{name}s" for name in ("prompt", "negative_prompt", "seed", "customization")}
         shared = {name: value for name, value in self.settings.items() if name not in per_image.values()}
         return {name: self.settings[many][i] for name, many in per_image.items()} | shared
+
+
+def _write(path: Path, image: Image.Image | np.ndarray, info: PngInfo) -> Path:
+    picture = image if isinstance(image, Image.Image) else Image.fromarray((image * 255).round().astype(np.uint8))
+    with path.open("xb") as file:
+        picture.save(file, format="PNG", pnginfo=info)
+    return path

@@ -49,3 +49,36 @@ def test_info(small_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     printed = capsys.readouterr().out
     for part in ("twinstream", "torch", "gpu", "attention", "torch: geglu.geglu_ref", "M parameters"):
         assert part in printed
+
+
+def test_train_and_use_a_concept(small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures, file, out = tmp_path / "pictures", tmp_path / "cat.safetensors", tmp_path / "out"
+    pictures.mkdir()
+    Image.new("RGB", (20, 16), "red").save(pictures / "a.png")
+    train = ["train", "infusion", str(pictures), "--noun", "cat", "--out", str(file), "--model", str(small_folder)]
+    short = ["--steps", "2", "--batch-size", "1", "--quiet"]
+    assert main([*train, *short, "--folder", str(tmp_path / "run"), "--sample-every", "0"]) == 0
+    assert f"{file.stat().st_size} bytes" in capsys.readouterr().out
+    assert (tmp_path / "run" / "checkpoint.pt").exists()
+    draw = ["generate", "a cat", "--model", str(small_folder), "--concept", str(file), "--steps", "1", "--quiet"]
+    assert main([*draw, "--seed", "5", "--grid", "--out", str(out)]) == 0
+    assert sorted(path.name for path in out.iterdir()) == ["00000-5-foundation.png", "00000-5.png", "grid.png"]
+    assert Image.open(out / "grid.png").size == (32, 16)
+    custom, plain = (Image.open(out / f"00000-5{end}.png").text["parameters"] for end in ("", "-foundation"))
+    assert "Infusion: cat" in custom
+    assert "Infusion" not in plain
+    assert main([*draw, "--foundation", "shared", "--out", str(tmp_path / "shared")]) == 0
+    assert len(list((tmp_path / "shared").iterdir())) == 1
+
+
+def test_bad_concepts_are_told_before_the_work(small_folder: Path, tmp_path: Path, capsys) -> None:
+    train = ["train", "infusion", str(tmp_path), "--noun", "cat", "--model", str(small_folder)]
+    for command, message in (
+        ([*train, "--out", str(tmp_path / "none" / "x")], "out must be a file in an existing folder"),
+        ([*train, "--out", str(tmp_path / "x"), "--file-dtype", "int4"], "file-dtype must be one of float16, int8"),
+        ([*train, "--out", str(tmp_path / "x")], "images must hold at least one of .jpg"),
+        (["generate", "a cat", "--concept", str(tmp_path / "x")], "x: cannot be read: No such file"),
+        (["generate", "a cat", "--foundation", "shared"], "foundation belongs to concepts: give --concept too"),
+    ):
+        assert main(command) == 1
+        assert message in capsys.readouterr().err
