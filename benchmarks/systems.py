@@ -17,9 +17,9 @@ import torch
 from torch import Tensor
 
 import engine
+from engine.conditioning import Conditioning
 from engine.request import Request, make_request
-from engine.rows import make_plan
-from engine.unet import Conditioning
+from engine.rows import make_plans
 
 STEPS, GUIDANCE = 20, 7.5
 CONCEPT_SETS = 8
@@ -74,7 +74,7 @@ def _infusion_step(
     n_sets = len(concepts)
     request = default_request(sd, _PROMPT, customization=customizations, images_per_prompt=n_sets, seed=[0] * n_sets)
     with torch.no_grad():
-        plan = make_plan(request, sd.text_encoder, sd._project, sd.device)
+        (plan,) = make_plans(request, 1, sd.text_encoder, sd._project, len(sd.unet.cross_attentions), sd.device)
         shifts = sd.unet.time_shifts(torch.tensor([_TIMESTEP]))
         text = tuple((keys[plan.texts], values[plan.texts]) for keys, values in sd.unet.text_kv(plan.context))
     rows = latents.to(sd.dtype).expand(len(plan.trajectories), -1, -1, -1).contiguous()

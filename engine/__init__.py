@@ -10,6 +10,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .concept import Concept
+    from .dci import DCI
     from .engine import Engine, UnknownArgumentError
     from .errors import CheckpointError, ConceptFileError, NonFiniteError
     from .infusion import Infusion
@@ -23,6 +24,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "Concept": "concept",
     "ConceptFileError": "errors",
+    "DCI": "dci",
     "Engine": "engine",
     "Infusion": "infusion",
     "NonFiniteError": "errors",
@@ -33,6 +35,7 @@ _HOMES = {
     "train_infusion": "train.infusion",
 }
 __all__ = [
+    "DCI",
     "SAMPLERS",
     "CheckpointError",
     "Concept",

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checks import check_choice, check_integer, check_number
+from .conditioning import Observe
 
 Watched = tuple[int, list[list[int]]]
 
@@ -50,8 +51,7 @@ class AttentionMaps:
             raise ValueError(f"steps must choose at least one of the steps, got {steps}")
         size = max(maps.shape[-2:] for maps in chosen)
         means = [torch.from_numpy(maps.mean(axis=(0, 1)))[None, None] for maps in chosen]
-        heat = torch.cat([F.interpolate(mean, size=size, mode="bilinear") for mean in means]).mean(dim=0)[0]
-        return ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)).numpy()
+        return scaled(torch.cat([F.interpolate(mean, size=size, mode="bilinear") for mean in means]).mean(dim=0)[0])
 
     def overlay(self, picture: Image.Image, word: str, image: int = 0, opacity: float = 0.6, **choice) -> Image.Image:
         """The heat map over a picture, blue to red.
@@ -61,13 +61,7 @@ class AttentionMaps:
             word, image, choice: see ``heat_map``.
             opacity: of the heat map where it is strongest, 0 to 1.
         """
-        opacity = check_number("opacity", opacity, 0.0, 1.0)
-        heat = Image.fromarray((self.heat_map(word, image, **choice) * 255).round().astype(np.uint8))
-        share = np.asarray(heat.resize(picture.size, Image.Resampling.BICUBIC), np.float32)[..., None] / 255
-        colour = (1 - share) * np.array(_WEAK, np.float32) + share * np.array(_STRONG, np.float32)
-        alpha = opacity * (0.35 + 0.65 * share)
-        mixed = (1 - alpha) * np.asarray(picture.convert("RGB"), np.float32) + alpha * colour
-        return Image.fromarray(mixed.round().astype(np.uint8))
+        return heat_overlay(picture, self.heat_map(word, image, **choice), opacity)
 
 
 class Recorder:
@@ -76,30 +70,50 @@ class Recorder:
     Args:
         words: what is recorded.
         n_heads: of each cross-attention layer, by name, in forward order.
-        watched: for each image, its map-owning row, and for each word the slots of its tokens among the columns.
         size: height and width of the latents.
     """
 
-    def __init__(
-        self, words: Sequence[str], n_heads: Mapping[str, int], watched: Sequence[Watched], size: tuple[int, int]
-    ) -> None:
-        self.words, self.watched, self.size = tuple(words), watched, size
+    def __init__(self, words: Sequence[str], n_heads: Mapping[str, int], size: tuple[int, int]) -> None:
+        self.words, self.size = tuple(words), size
         self.layers = list(n_heads.items())
         self.maps: dict[str, list[np.ndarray]] = {name: [] for name in n_heads}
 
-    def __call__(self, layer: int, _out: Tensor, columns: Tensor) -> None:
-        """Take one layer's columns (B, N, T*H) of one step."""
+    def watching(self, watched: Sequence[Watched]) -> Observe:
+        """What takes the columns of rows laid out by one plan: each image's owner, and each word's slots."""
+        return lambda layer, _out, columns: self._take(watched, layer, columns)
+
+    def _take(self, watched: Sequence[Watched], layer: int, columns: Tensor) -> None:
+        """Keep one layer's columns (B, N, T*H) of one step."""
         name, n_heads = self.layers[layer]
         by_slot = columns.unflatten(-1, (-1, n_heads)).permute(0, 2, 3, 1)  # (B, T, H, N)
-        images = [torch.stack([by_slot[row, slots].sum(dim=0) for slots in words]) for row, words in self.watched]
-        maps = torch.stack(images).unflatten(-1, self._layer_size(columns.shape[1]))
+        images = [torch.stack([by_slot[row, slots].sum(dim=0) for slots in words]) for row, words in watched]
+        maps = torch.stack(images).unflatten(-1, layer_size(self.size, columns.shape[1]))
         self.maps[name].append(maps.to("cpu", torch.float16).numpy())
-
-    def _layer_size(self, n_positions: int) -> tuple[int, int]:
-        height, width = self.size
-        while height * width > n_positions:
-            height, width = -(-height // 2), -(-width // 2)
-        return height, width
 
     def result(self) -> AttentionMaps:
         return AttentionMaps(self.words, {name: np.stack(maps, axis=1) for name, maps in self.maps.items()})
+
+
+def layer_size(size: tuple[int, int], n_positions: int) -> tuple[int, int]:
+    """Height and width of a layer with so many positions, for latents of ``size``."""
+    height, width = size
+    while height * width > n_positions:
+        height, width = -(-height // 2), -(-width // 2)
+    return height, width
+
+
+def scaled(heat: Tensor) -> np.ndarray:
+    """The same heat (h, w), from 0 to 1, float32."""
+    heat = heat.float()
+    return ((heat - heat.min()) / (heat.max() - heat.min()).clamp(min=1e-12)).numpy()
+
+
+def heat_overlay(picture: Image.Image, heat: np.ndarray, opacity: float) -> Image.Image:
+    """Heat (h, w) in 0..1 over a picture, blue to red; ``opacity`` is that of the strongest, 0 to 1."""
+    opacity = check_number("opacity", opacity, 0.0, 1.0)
+    small = Image.fromarray((heat * 255).round().astype(np.uint8))
+    share = np.asarray(small.resize(picture.size, Image.Resampling.BICUBIC), np.float32)[..., None] / 255
+    colour = (1 - share) * np.array(_WEAK, np.float32) + share * np.array(_STRONG, np.float32)
+    alpha = opacity * (0.35 + 0.65 * share)
+    mixed = (1 - alpha) * np.asarray(picture.convert("RGB"), np.float32) + alpha * colour
+    return Image.fromarray(mixed.round().astype(np.uint8))

@@ -61,6 +61,16 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--foundation", default="parallel", help="with concepts: parallel (also draws the base picture) or shared"
     )
+    generate.add_argument(
+        "--dci", metavar="NOUN", help="draw with two branches: the prompt, and another noun in its place"
+    )
+    generate.add_argument("--auxiliary-noun", metavar="NOUN", help="for --dci (default: another of its category)")
+    generate.add_argument(
+        "--dci-strength", type=float, default=1.0, help="how much the other branch takes over, -2 to 2"
+    )
+    generate.add_argument(
+        "--dci-fraction", type=float, default=0.15, help="share of the steps that mix, from the first"
+    )
     generate.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)")
     generate.add_argument("--grid", action="store_true", help="also write all pictures as one sheet, grid.png")
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -160,6 +170,17 @@ def _generate(arguments: argparse.Namespace) -> int:
     concepts = [engine.Concept.load(path) for path in arguments.concept or ()]
     if not concepts and arguments.foundation != "parallel":
         raise ValueError(f"foundation belongs to concepts: give --concept too, got {arguments.foundation!r}")
+    if concepts and arguments.dci is not None:
+        raise ValueError("give --concept or --dci, not both: a picture has one customisation")
+    two_branches = {"auxiliary_noun": None, "dci_strength": 1.0, "dci_fraction": 0.15}
+    for name, default in two_branches.items():
+        if arguments.dci is None and getattr(arguments, name) != default:
+            option = name.replace("_", "-")
+            raise ValueError(f"{option} belongs to two branches: give --dci too, got {getattr(arguments, name)!r}")
+    customization = engine.Infusion(concepts, foundation=arguments.foundation) if concepts else None
+    if arguments.dci is not None:
+        settings = {"strength": arguments.dci_strength, "fraction": arguments.dci_fraction}
+        customization = engine.DCI(arguments.dci, arguments.auxiliary_noun, **settings)
     image = None if arguments.image is None else Image.open(arguments.image)
     width, height = arguments.size or (None, None)
     out = _load(arguments).generate(
@@ -175,7 +196,7 @@ def _generate(arguments: argparse.Namespace) -> int:
         images_per_prompt=arguments.count,
         image=image,
         strength=arguments.strength,
-        customization=engine.Infusion(concepts, foundation=arguments.foundation) if concepts else None,
+        customization=customization,
         vae_tiling=arguments.vae_tiling,
         progress=not arguments.quiet,
     )

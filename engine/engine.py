@@ -20,17 +20,21 @@ from tqdm import tqdm
 from .attention import Recorder
 from .concept import Concept
 from .config import ScheduleConfig
+from .dci import DCI
 from .denoise import denoise
 from .errors import NonFiniteError
-from .infusion import Infusion, fingerprint, project
+from .infusion import fingerprint, project
+from .masks import MaskRecorder
 from .ops import Ops
-from .request import Callback, ModelLimits, Picture, Request, make_request
+from .request import Callback, Customization, ModelLimits, Picture, Request, make_request
 from .result import Result
-from .rows import RowPlan, make_plan
+from .rows import RowPlan, make_plans
 from .samplers import SamplerTable, make_table
 from .text import TextEncoder
 from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL
+
+_AUXILIARY_SEED = 2**63  # added to an image's seed for the independent noise of its auxiliary branch
 
 
 class UnknownArgumentError(ValueError, TypeError):
@@ -84,8 +88,9 @@ class Engine:
         image: Picture | Sequence[Picture] | None = None,
         strength: float = 0.8,
         latents: Tensor | None = None,
-        customization: Infusion | Sequence[Infusion | None] | None = None,
+        customization: Customization | Sequence[Customization | None] | None = None,
         attention_words: Sequence[str] = (),
+        record_masks: bool = False,
         output: str = "pil",
         callback: Callback | None = None,
         progress: bool = True,
@@ -110,10 +115,11 @@ class Engine:
             image: picture(s) to start from, PIL or (H, W, 3) arrays.
             strength: share of the schedule that redraws ``image``; above 0, at most 1.
             latents: unit-variance start noise (B, 4, h, w), in place of the seeds' own.
-            customization: an ``Infusion``, for all images or one per image; None draws with the model as it is.
-                Images with the same texts, seed and start share one foundation.
+            customization: an ``Infusion`` or ``DCI`` for all images, or a list with one per image; None draws with the
+                model as it is. Images with the same texts, seed and start share one foundation.
             attention_words: words of every prompt whose attention maps to record, at the cost of copying them to the
                 host at every step; see ``Result.attention``.
+            record_masks: record the masks of ``DCI`` images; see ``Result.masks``.
             output: "pil", "numpy" or "latent".
             callback: ``callback(step, total, latents)`` after every step, counted from 0; returning False cancels, and
                 the result then has no images.
@@ -143,6 +149,7 @@ class Engine:
             latents=latents,
             customization=customization,
             attention_words=attention_words,
+            record_masks=record_masks,
             output=output,
             callback=callback,
             progress=progress,
@@ -152,13 +159,14 @@ class Engine:
         table = make_table(request.sampler, self.schedule, request.steps, request.eta, request.begin).to(self.device)
         clock = _StageClock(self.device)
         with clock("text"):
-            plan = make_plan(request, self.text_encoder, self._project, self.device)
+            n_layers = len(self.unet.cross_attentions)
+            plans = make_plans(request, len(table), self.text_encoder, self._project, n_layers, self.device)
         with clock("encode"):
             start, noise = self._start(request, table)
         with clock("denoise"), tqdm(total=len(table), disable=not request.progress, unit="step") as bar:
-            steps_taken = _Steps(request.callback, len(table), bar, plan.pictures)
-            recorder = self._recorder(request, plan)
-            x, finite = denoise(self.unet, table, plan, start, noise, steps_taken, recorder)
+            steps_taken = _Steps(request.callback, len(table), bar)
+            recorder, mask_recorder = self._recorders(request)
+            x, plan, finite = denoise(self.unet, table, plans, start, noise, steps_taken, recorder, mask_recorder)
         _check_finite(finite, table)
         with clock("decode"):
             images = [] if steps_taken.cancelled else self._pictures(request, x[plan.pictures])
@@ -168,6 +176,7 @@ class Engine:
             foundation_images=foundation_images,
             latents=x[plan.pictures],
             attention=None if recorder is None else recorder.result(),
+            masks=None if mask_recorder is None else mask_recorder.result(len(request.seeds)),
             seeds=list(request.seeds),
             settings=self._settings(request),
             timings=clock.seconds(),
@@ -190,9 +199,15 @@ class Engine:
         return self._projected[concept]
 
     def _start(self, request: Request, table: SamplerTable) -> tuple[Tensor, list[Tensor]]:
-        """The first ``x``, and the noise of every step that draws some, in the order diffusers would draw it."""
+        """The first ``x``, and the noise of every step that draws some, in the order diffusers would draw it.
+
+        Where an auxiliary branch has noise of its own, the images' starts are followed by as many auxiliary ones.
+        """
         shape = (self._limits.latent_channels, *(n // self._limits.factor for n in (request.height, request.width)))
-        generators = [torch.Generator("cpu").manual_seed(seed) for seed in request.seeds]
+        n_images, seeds = len(request.seeds), request.seeds
+        if any(isinstance(one, DCI) and one.noise == "independent" for one in request.customizations):
+            seeds = (*seeds, *((seed + _AUXILIARY_SEED) % 2**64 for seed in seeds))
+        generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
 
         def draw() -> Tensor:
             noise = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
@@ -202,10 +217,13 @@ class Engine:
         if image is not None:
             options = (request.vae_slicing, request.vae_tiling)
             mean, std = self._run_vae("encoder", lambda vae: vae.posterior(image.to(self.device), *options))
-            clean = (mean.float() + std.float() * draw()) * self.vae.config.scaling_factor
-            x = table.image_scale * clean + table.image_noise * draw()
+            clean = (mean.float() + std.float() * draw()[:n_images]) * self.vae.config.scaling_factor
+            x = table.image_scale * clean.repeat(len(seeds) // n_images, 1, 1, 1) + table.image_noise * draw()
+        elif request.latents is not None:
+            given = request.latents.to(self.device)
+            x = table.start_noise * (given if len(seeds) == n_images else torch.cat([given, draw()[n_images:]]))
         else:
-            x = table.start_noise * (draw() if request.latents is None else request.latents.to(self.device))
+            x = table.start_noise * draw()
         return x, [draw() for _ in range(table.noise_draws)]
 
     def _pictures(self, request: Request, x: Tensor) -> Any:
@@ -226,12 +244,11 @@ class Engine:
         pictures = dict(zip(distinct, self._pictures(request, x[distinct]), strict=True))
         return [None if trajectory is None else pictures[trajectory] for trajectory in plan.foundations]
 
-    def _recorder(self, request: Request, plan: RowPlan) -> Recorder | None:
-        if not request.attention_words:
-            return None
-        n_heads = {name: attn2.n_heads for name, attn2 in self.unet.cross_attentions.items()}
+    def _recorders(self, request: Request) -> tuple[Recorder | None, MaskRecorder | None]:
         size = (request.height // self._limits.factor, request.width // self._limits.factor)
-        return Recorder(request.attention_words, n_heads, plan.watched, size)
+        n_heads = {name: attn2.n_heads for name, attn2 in self.unet.cross_attentions.items()}
+        recorder = Recorder(request.attention_words, n_heads, size) if request.attention_words else None
+        return recorder, MaskRecorder(list(n_heads), size) if request.record_masks else None
 
     def _run_vae(self, part: str, run: Callable[[AutoencoderKL], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
         """Run the VAE and check what it gives; one that overflows in float16 is tried once more in float32."""
@@ -262,7 +279,10 @@ class Engine:
             "width": request.width,
             "strength": None if request.image is None else request.strength,
             "given_latents": request.latents is not None,
-            "customizations": [None if one is None else one.settings() for one in request.customizations],
+            "customizations": [
+                one.settings(strength) if isinstance(one, DCI) else one and one.settings()
+                for one, strength in zip(request.customizations, request.strengths, strict=True)
+            ],
             "vae_slicing": request.vae_slicing,
             "vae_tiling": request.vae_tiling,
             "model": self.name,
@@ -275,13 +295,13 @@ class Engine:
 class _Steps:
     """Progress and cancellation after each step."""
 
-    def __init__(self, callback: Callback | None, total: int, bar: tqdm, pictures: Tensor) -> None:
-        self.callback, self.total, self.bar, self.pictures = callback, total, bar, pictures
+    def __init__(self, callback: Callback | None, total: int, bar: tqdm) -> None:
+        self.callback, self.total, self.bar = callback, total, bar
         self.cancelled = False
 
     def __call__(self, i: int, latents: Tensor) -> bool:
         self.bar.update()
-        answer = None if self.callback is None else self.callback(i, self.total, latents[self.pictures])
+        answer = None if self.callback is None else self.callback(i, self.total, latents)
         self.cancelled = answer is not None and not answer
         return not self.cancelled
 

@@ -15,7 +15,8 @@ from .checks import check_choice
 from .concept import Concept
 from .errors import ConceptFileError
 from .text import Tokens
-from .unet import CrossAttention, UNet2DConditionModel
+from .transformer import CrossAttention
+from .unet import UNet2DConditionModel
 
 _SAME_BASE = 0.05  # fine-tunes stay below, and so do roundings to any dtype
 

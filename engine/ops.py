@@ -9,6 +9,7 @@ from torch import Tensor
 
 from .kernels.attention import attention_ref
 from .kernels.cross_attention import cross_attention, cross_attention_sdpa
+from .kernels.dbim import dbim, dbim_ref
 from .kernels.geglu import geglu, geglu_ref
 from .kernels.group_norm_silu import group_norm_silu, group_norm_silu_ref
 from .kernels.residual_apply import residual_apply, residual_apply_ref
@@ -22,6 +23,7 @@ class Ops:
     attention: Callable[[Tensor, Tensor, Tensor, int], Tensor]
     cross_attention: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
     residual_apply: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    dbim: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
     geglu: Callable[[Tensor], Tensor]
     group_norm_silu: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
 
@@ -31,6 +33,7 @@ TORCH = Ops(
     attention=attention_ref,
     cross_attention=cross_attention_sdpa,
     residual_apply=residual_apply_ref,
+    dbim=dbim_ref,
     geglu=geglu_ref,
     group_norm_silu=group_norm_silu_ref,
 )
@@ -39,6 +42,7 @@ TRITON = Ops(
     attention=attention_ref,  # torch's until a kernel of ours wins
     cross_attention=cross_attention,
     residual_apply=residual_apply,
+    dbim=dbim,
     geglu=geglu,
     group_norm_silu=group_norm_silu,
 )

@@ -13,6 +13,7 @@ from PIL import Image
 from torch import Tensor
 
 from .checks import check_choice, check_flag, check_integer, check_number
+from .dci import DCI
 from .infusion import Infusion
 from .samplers import SAMPLERS
 
@@ -21,6 +22,7 @@ _DEFAULT_STRENGTH = 0.8
 _MAX_SEED = 2**64 - 1
 
 Picture = Image.Image | np.ndarray
+Customization = Infusion | DCI
 Callback = Callable[[int, int, Tensor], bool | None]
 
 
@@ -36,7 +38,7 @@ class ModelLimits:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call of ``generate``; prompts, negative prompts, seeds and customisations have one entry per image."""
+    """One call of ``generate``; prompts, negative prompts, seeds, customisations and DCI's strengths are per image."""
 
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...]
@@ -51,8 +53,10 @@ class Request:
     image: Tensor | None
     strength: float
     latents: Tensor | None
-    customizations: tuple[Infusion | None, ...]
+    customizations: tuple[Customization | None, ...]
+    strengths: tuple[float, ...]
     attention_words: tuple[str, ...]
+    record_masks: bool
     output: str
     callback: Callback | None
     progress: bool
@@ -78,6 +82,7 @@ def make_request(
     latents: Tensor | None,
     customization: Any,
     attention_words: Sequence[str],
+    record_masks: bool,
     output: str,
     callback: Callback | None,
     progress: bool,
@@ -112,6 +117,8 @@ def make_request(
         raise ValueError(f"callback must be callable as callback(step, total, latents), got {callback!r}")
     pictures = None if image is None else _pictures(image, n_images, per_prompt)
     height, width = _size(limits, height, width, pictures, latents)
+    customizations = _customizations(customization, n_images)
+    steps = _shortened(customizations, steps)
     begin = 0 if image is None else steps - int(steps * strength)
     if begin == steps:
         raise ValueError(f"int(steps * strength) must be at least 1, got steps={steps} and strength={strength}")
@@ -129,8 +136,13 @@ def make_request(
         image=None if pictures is None else _image_tensor(pictures, height, width),
         strength=strength,
         latents=None if latents is None else _start_noise(limits, latents, n_images, height, width),
-        customizations=_customizations(customization, n_images),
+        customizations=customizations,
+        strengths=tuple(
+            custom.strength_of(i, n_images) if isinstance(custom, DCI) else 0.0
+            for i, custom in enumerate(customizations)
+        ),
         attention_words=() if attention_words in ((), []) else tuple(_texts("attention_words", attention_words)),
+        record_masks=_check_masks(record_masks, customizations),
         output=check_choice("output", output, _OUTPUTS),
         callback=callback,
         progress=check_flag("progress", progress),
@@ -158,15 +170,33 @@ def _seeds(seed: Any, n_images: int) -> tuple[int, ...]:
     return tuple(range(first, first + n_images))
 
 
-def _customizations(customization: Any, n_images: int) -> tuple[Infusion | None, ...]:
+def _customizations(customization: Any, n_images: int) -> tuple[Customization | None, ...]:
     """One per image: as given, or the same for all."""
     given = customization if isinstance(customization, list | tuple) else [customization] * n_images
     if len(given) != n_images:
         raise ValueError(f"customization must be one, or one per image ({n_images}), got {len(given)}")
     for one in given:
-        if one is not None and not isinstance(one, Infusion):
-            raise ValueError(f"customization must be an engine.Infusion, None, or a list of these, got {one!r}")
+        if one is not None and not isinstance(one, Customization):
+            kinds = "an engine.Infusion, an engine.DCI, None, or a list of these"
+            raise ValueError(f"customization must be {kinds}, got {one!r}")
     return tuple(given)
+
+
+def _check_masks(record_masks: Any, customizations: Sequence[Customization | None]) -> bool:
+    masked = [custom for custom in customizations if isinstance(custom, DCI) and custom.masked and custom.fraction]
+    if check_flag("record_masks", record_masks) and not masked:
+        raise ValueError(
+            "record_masks needs an image that mixes by masks: an engine.DCI with masked=True, fraction > 0"
+        )
+    return record_masks
+
+
+def _shortened(customizations: Sequence[Customization | None], steps: int) -> int:
+    """The steps to take, which match_cost may make fewer."""
+    taken = {custom.shortened(steps) if isinstance(custom, DCI) else steps for custom in customizations}
+    if len(taken) > 1:
+        raise ValueError(f"match_cost must leave all images of a request the same steps, got {sorted(taken)}")
+    return taken.pop()
 
 
 def _size(

@@ -13,6 +13,7 @@ from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
 from .attention import AttentionMaps
+from .masks import BranchMasks
 from .version import __version__
 
 _A1111_SAMPLERS = {
@@ -40,6 +41,7 @@ class Result:
         foundation_images: for each image its foundation's picture, in the form of ``images``, or None where it has
             none; None if no image has one.
         attention: maps of the request's attention words, if it named some.
+        masks: for each image the masks by which DCI mixed it, None where it did not; None if they were not asked for.
         cancelled: whether a callback ended the request early.
     """
 
@@ -50,6 +52,7 @@ class Result:
     timings: dict[str, float]
     foundation_images: list[Any] | None = None
     attention: AttentionMaps | None = None
+    masks: list[BranchMasks | None] | None = None
     cancelled: bool = False
 
     def png_info(self, i: int) -> PngInfo:
@@ -78,7 +81,11 @@ class Result:
         if settings["eta"]:
             values["Eta DDIM"] = f"{settings['eta']:g}"
         if settings["customization"] is not None:
-            values["Infusion"] = "+".join(concept["name"] for concept in settings["customization"]["concepts"])
+            custom = settings["customization"]
+            if custom["method"] == "infusion":
+                values["Infusion"] = "+".join(concept["name"] for concept in custom["concepts"])
+            else:
+                values["DCI"] = f"{custom['noun']} with {custom['auxiliary_noun']} {custom['strength']:g}"
         values["Version"] = f"twinstream {__version__}"
         return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items())])
 

@@ -78,7 +78,17 @@ def test_bad_concepts_are_told_before_the_work(small_folder: Path, tmp_path: Pat
         ([*train, "--out", str(tmp_path / "x"), "--file-dtype", "int4"], "file-dtype must be one of float16, int8"),
         ([*train, "--out", str(tmp_path / "x")], "images must hold at least one of .jpg"),
         (["generate", "a cat", "--concept", str(tmp_path / "x")], "x: cannot be read: No such file"),
+        (["generate", "a cat", "--concept", str(tmp_path / "x"), "--dci", "cat"], "cannot be read"),
+        (["generate", "a cat", "--dci", "dog", "--model", str(small_folder)], "the prompt must contain 'dog'"),
+        (["generate", "a cat", "--dci-strength", "2"], "dci-strength belongs to two branches: give --dci too, got 2.0"),
         (["generate", "a cat", "--foundation", "shared"], "foundation belongs to concepts: give --concept too"),
     ):
         assert main(command) == 1
         assert message in capsys.readouterr().err
+
+
+def test_dci(small_folder: Path, tmp_path: Path) -> None:
+    options = ["--dci", "cat", "--auxiliary-noun", "owl", "--dci-strength", "-1.5", "--steps", "2", "--quiet"]
+    assert main(["generate", "a cat", "--model", str(small_folder), *options, "--out", str(tmp_path)]) == 0
+    (path,) = tmp_path.iterdir()
+    assert "DCI: cat with owl -1.5" in Image.open(path).text["parameters"]

@@ -12,9 +12,10 @@ from torch.utils.flop_counter import FlopCounterMode
 
 import engine
 from benchmarks.systems import default_request
+from engine.conditioning import Conditioning, Following
 from engine.config import UNetConfig
-from engine.rows import make_plan
-from engine.unet import Conditioning, Following, UNet2DConditionModel
+from engine.rows import make_plans
+from engine.unet import UNet2DConditionModel
 
 _SD_V1_5 = {
     "_class_name": "UNet2DConditionModel",
@@ -95,6 +96,7 @@ class _KnownText:
     """A text encoder that has seen the prompt before."""
 
     def __init__(self, encoder) -> None:
+        self.max_length = encoder.max_length
         self.tokens, self.context = encoder.tokenize("a cat"), encoder.encode(["", "a cat"])
 
     def tokenize(self, _prompt: str):
@@ -106,17 +108,17 @@ class _KnownText:
 
 def test_concepts_switch_at_once(small: engine.Engine) -> None:
     concepts = [_concept(small, seed) for seed in range(1000)]
-    text = _KnownText(small.text_encoder)
+    text, n_layers = _KnownText(small.text_encoder), len(small.unet.cross_attentions)
     request = default_request(small, "a cat", customization=engine.Infusion(concepts[:1]))
     for concept in concepts:
         small._project(concept)
-    make_plan(request, text, small._project, small.device)
+    make_plans(request, 1, text, small._project, n_layers, small.device)
     resident_bytes = psutil.Process().memory_info().rss
     seconds = []
     for concept in concepts:
         request = replace(request, customizations=(engine.Infusion([concept]),))
         start = time.perf_counter()
-        plan = make_plan(request, text, small._project, small.device)
+        (plan,) = make_plans(request, 1, text, small._project, n_layers, small.device)
         seconds.append(time.perf_counter() - start)
     assert statistics.median(seconds) < 1e-3
     assert psutil.Process().memory_info().rss - resident_bytes < 4e6

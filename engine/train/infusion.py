@@ -14,11 +14,13 @@ from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_choice, check_flag, check_integer, check_number
 from ..concept import Concept
+from ..conditioning import Conditioning, Following
 from ..engine import Engine
 from ..infusion import Infusion, find_noun, project_residual, residual_widths
 from ..ops import TORCH
 from ..schedule import alphas_cumprod
-from ..unet import Conditioning, Following, Transformer2DModel, UNet2DConditionModel, UNetResnet
+from ..transformer import Transformer2DModel
+from ..unet import UNet2DConditionModel, UNetResnet
 from .loop import Callback, Options, run
 from .pictures import Pictures, make_generator
 
@@ -215,7 +217,7 @@ class InfusionObjective:
                 text = tuple((keys[prompts], values[prompts]) for keys, values in self.text)
                 watched = Following(self.positions[prompts], nobody, ())
                 keep = lambda layer, out, columns: maps.append((out, columns))  # noqa: E731
-                self.unet.denoise(noisy, Conditioning(shifts, text, watched, keep))
+                self.unet.denoise(noisy, Conditioning(shifts, text, watched, observe=keep))
             residuals = tuple(
                 project_residual(attn2, self.parameters[name], self.space).repeat(n_tokens, 1).expand(n_rows, -1, -1)
                 for name, attn2 in self.layers.items()

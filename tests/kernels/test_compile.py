@@ -20,6 +20,7 @@ def test_ahead_of_time_compilation() -> None:
     usages = json.loads(done.stdout)
     kernels = {usage["kernel"] for usage in usages}
     products = {"_cross_attention_fwd_kernel", "_cross_attention_pair_fwd_kernel", "_residual_apply_fwd_kernel"}
+    products |= {"_dbim_space_kernel", "_dbim_mix_kernel"}
     assert {"_geglu_fwd_kernel", "_group_norm_stats_kernel", "_group_norm_combine_kernel"} | products <= kernels
     for kernel in kernels:
         assert {usage["architecture"] for usage in usages if usage["kernel"] == kernel} == set(ARCHITECTURES)

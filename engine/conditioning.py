@@ -1,0 +1,73 @@
+"""What the rows of a UNet batch are conditioned on: times, texts, and one another."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+Observe = Callable[[int, Tensor, Tensor], None]
+ObserveMasks = Callable[[int, Tensor], None]
+
+
+@dataclass(frozen=True, slots=True)
+class Following:
+    """The last F of a batch's B rows take their attention maps from others (Infusion, arXiv:2404.14007, eq. 9).
+
+    ``attn2`` of a following row is its leader's, plus the leader's map columns times projected residual values.
+
+    Attributes:
+        tokens: (B - F, T) int64, per map-owning row the tokens whose columns are followed.
+        leaders: (F,) int64, the map-owning row that each follower follows.
+        residuals: per cross-attention layer (F, T*H, C), heads last; see ``infusion.project``.
+        foundation: per layer, output and columns of the rows followed, where they are not in this batch (B = F).
+    """
+
+    tokens: Tensor
+    leaders: Tensor
+    residuals: tuple[Tensor, ...]
+    foundation: tuple[tuple[Tensor, Tensor], ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Mixing:
+    """The last 2M of the map-owning rows are M concept rows and then their M auxiliary rows (DCI, ECCV 2024).
+
+    Attributes:
+        chosen: (2M, S) bool, the tokens whose attention makes up a row's mask.
+        lengths: (2M,) int64, how many tokens each prompt has of its own.
+        gates: (M, 4) float32: strength, tau_t, tau_s and gain of each pair; see ``kernels/dbim.py``.
+        logits: whether masks are sums of logits.
+        masked: whether positions are gated; if not, the auxiliary output is added to the concept's.
+        layers: the cross-attention layers that mix, by position.
+    """
+
+    chosen: Tensor
+    lengths: Tensor
+    gates: Tensor
+    logits: bool
+    masked: bool
+    layers: frozenset[int]
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What the rows of a batch are conditioned on, projected for every layer.
+
+    Attributes:
+        shifts: per resnet (B, C), the projected time embedding.
+        text: per cross-attention layer, keys and values (B - F, S, C) of the rows that own their map.
+        following: how the other F rows follow these; None if there are none.
+        mixing: how the last of the map-owning rows mix; None if none does.
+        observe: called with layer, attention output (B - F, N, C) and map columns (B - F, N, T*H) where tokens are
+            followed.
+        observe_masks: called with layer and masks (2M, H, N) float32, the softmax over space, where rows mix by masks.
+    """
+
+    shifts: tuple[Tensor, ...]
+    text: tuple[tuple[Tensor, Tensor], ...]
+    following: Following | None = None
+    mixing: Mixing | None = None
+    observe: Observe | None = None
+    observe_masks: ObserveMasks | None = None

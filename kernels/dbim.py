@@ -1,0 +1,235 @@
+"""Dual-Branch Integration Module: two branches' cross-attention, mixed per position (DCI, ECCV 2024, eq. 3 to 5).
+
+For a concept row c and an auxiliary row a, per head, with ``A`` a row's attention map over the text:
+
+    P = softmax(tau_t A[:, 1..n])            over the prompt's own n tokens,
+    m = sum of P over the row's chosen tokens,
+    s = g softmax(tau_s m)                   over the N positions,
+    w = sigmoid(s_c - lambda s_a),
+    O_c <- w O_c + (1 - w) O_a;              O_a stays.
+
+The printed form ("logits") has ``m`` as a sum of logits ``Q K^T / sqrt(D)`` over the chosen tokens instead.
+
+Two passes: the first reduces ``exp(tau_s m)`` over space, block by block; the second forms the maps again, which is
+cheaper than keeping masks and both outputs, and mixes. Neither map nor mask leaves the chip.
+"""
+
+# pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
+# (triton declares constexpr arguments as objects; launches pass plain numbers)
+
+from __future__ import annotations
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from .cross_attention import check_layout, map_tile, tile
+
+_SIGNATURE = (
+    "(Tensor q, Tensor k, Tensor v, Tensor chosen, Tensor lengths, Tensor gates, int n_heads, bool logits) -> Tensor"
+)
+torch.library.define("twinstream::dbim", _SIGNATURE)
+
+
+def dbim_masks_ref(
+    q: Tensor, k: Tensor, chosen: Tensor, lengths: Tensor, gates: Tensor, n_heads: int, logits: bool
+) -> Tensor:
+    """The masks ``m`` (2M, H, N) before the spatial softmax; arguments as of ``dbim_ref``."""
+    q, k = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k))
+    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, H, N, S)
+    chosen = chosen[:, None, None, :]
+    if logits:
+        return torch.where(chosen, scores, 0).sum(dim=-1)
+    positions = torch.arange(k.shape[-2], device=k.device)
+    own = ((positions >= 1) & (positions <= lengths[:, None]))[:, None, None, :]
+    token_scale = gates[:, 1].to(scores.dtype).repeat(2)[:, None, None, None]
+    sharpened = torch.where(own, token_scale * scores.softmax(dim=-1), -torch.inf).softmax(dim=-1)
+    return torch.where(chosen, sharpened, 0).sum(dim=-1)
+
+
+def dbim_ref(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, lengths: Tensor, gates: Tensor, n_heads: int, logits: bool
+) -> Tensor:
+    """Eager DBIM with explicit maps and masks.
+
+    Args:
+        q: (2M, N, H*D) queries, heads packed along the last axis: M concept rows, then their M auxiliary rows.
+        k, v: (2M, S, H*D) keys and values, dtype of ``q``.
+        chosen: (2M, S) bool, the tokens whose attention makes up a row's mask, all within 1..lengths.
+        lengths: (2M,) int64, the number n of the prompt's own tokens, which are keys 1..n.
+        gates: (M, 4) float32: lambda, tau_t, tau_s and g of each pair.
+        n_heads: H.
+        logits: whether masks are sums of logits, as printed; tau_t then plays no part.
+
+    Returns:
+        (2M, N, H*D): mixed outputs of the concept rows, and the auxiliary rows' own.
+    """
+    masks = dbim_masks_ref(q, k, chosen, lengths, gates, n_heads, logits)
+    masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
+    strength, _, space_scale, gain = gates.to(masks.dtype)[:, :, None, None].unbind(1)  # (M, 1, 1)
+    concept, auxiliary = (gain * (space_scale * mask).softmax(dim=-1) for mask in masks.chunk(2))
+    weight = torch.sigmoid(concept - strength * auxiliary)[..., None]  # (M, H, N, 1)
+    q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))
+    out = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+    concept, auxiliary = out.chunk(2)
+    mixed = (weight * concept + (1 - weight) * auxiliary).to(out.dtype)
+    return torch.cat([mixed, auxiliary]).transpose(1, 2).flatten(2)
+
+
+@triton.jit
+def _mask_of_tile(p, q_ptr, k_ptr, offs_n, chosen, length, N, S, C, scale, token_scale, LOGITS: tl.constexpr,
+                  D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+                  PRECISION: tl.constexpr):  # fmt: skip
+    """``m`` (BLOCK_N,) of a map tile ``p``; logits are formed anew where they are asked for."""
+    offs_s = tl.arange(0, BLOCK_S)
+    if LOGITS:
+        scores = tl.zeros([BLOCK_N, BLOCK_S], tl.float32)
+        for first in range(0, D, CHUNK):
+            offs_d = first + tl.arange(0, CHUNK)
+            mask_q = (offs_n < N)[:, None] & (offs_d < D)[None, :]
+            mask_k = (offs_s < S)[None, :] & (offs_d < D)[:, None]
+            q = tl.load(q_ptr + offs_n[:, None] * C + offs_d[None, :], mask=mask_q, other=0.0)
+            k = tl.load(k_ptr + offs_s[None, :] * C + offs_d[:, None], mask=mask_k, other=0.0)
+            scores = tl.dot(q, k, scores, input_precision=PRECISION)
+        return tl.sum(tl.where(chosen[None, :], scores * scale, 0.0), axis=1)
+    own = (offs_s >= 1) & (offs_s <= length)
+    p = tl.where(own[None, :], p, 0.0)
+    sharpened = tl.where(own[None, :], tl.exp(token_scale * (p - tl.max(p, axis=1)[:, None])), 0.0)
+    return tl.sum(tl.where(chosen[None, :], sharpened, 0.0), axis=1) / tl.sum(sharpened, axis=1)
+
+
+@triton.jit
+def _dbim_space_kernel(
+    q_ptr, k_ptr, chosen_ptr, lengths_ptr, gates_ptr, partial_ptr, N, S, C, n_heads, n_pairs, scale,
+    LOGITS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid_n, pid_h, pid_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_s = tl.arange(0, BLOCK_S)
+    q_ptr += pid_b * N * C + pid_h * D
+    k_ptr += pid_b * S * C + pid_h * D
+    chosen = tl.load(chosen_ptr + pid_b * S + offs_s, mask=offs_s < S, other=0) != 0
+    length = tl.load(lengths_ptr + pid_b)
+    token_scale = tl.load(gates_ptr + pid_b % n_pairs * 4 + 1)
+    space_scale = tl.load(gates_ptr + pid_b % n_pairs * 4 + 2)
+    p = map_tile(q_ptr, k_ptr, offs_n, N, S, C, scale, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)
+    m = _mask_of_tile(p, q_ptr, k_ptr, offs_n, chosen, length, N, S, C, scale, token_scale,
+                      LOGITS, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)  # fmt: skip
+    m = tl.where(offs_n < N, m, float("-inf"))
+    peak = tl.max(m, axis=0)
+    at = ((pid_b * n_heads + pid_h) * tl.num_programs(0) + pid_n) * 2
+    tl.store(partial_ptr + at, peak)
+    tl.store(partial_ptr + at + 1, tl.sum(tl.where(offs_n < N, tl.exp(space_scale * (m - peak)), 0.0), axis=0))
+
+
+@triton.jit
+def _gate_of_tile(m, partial_ptr, n_blocks, space_scale, gain, BLOCK_BLOCKS: tl.constexpr):
+    """``s`` (BLOCK_N,): the spatial softmax, from the first pass's maxima and sums of one row and head."""
+    offs = tl.arange(0, BLOCK_BLOCKS)
+    peaks = tl.load(partial_ptr + 2 * offs, mask=offs < n_blocks, other=float("-inf"))
+    sums = tl.load(partial_ptr + 2 * offs + 1, mask=offs < n_blocks, other=0.0)
+    peak = tl.max(peaks, axis=0)
+    scaled = tl.where(offs < n_blocks, sums * tl.exp(space_scale * (peaks - peak)), 0.0)
+    return gain * tl.exp(space_scale * (m - peak)) / tl.sum(scaled, axis=0)
+
+
+@triton.jit
+def _dbim_mix_kernel(
+    q_ptr, k_ptr, v_ptr, chosen_ptr, lengths_ptr, gates_ptr, partial_ptr, out_ptr, N, S, C, n_heads, n_pairs, scale,
+    LOGITS: tl.constexpr, BLOCK_BLOCKS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
+    CHUNK: tl.constexpr, PRECISION: tl.constexpr,
+):  # fmt: skip
+    pid_n, pid_h, pid_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n_blocks = tl.num_programs(0)
+    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    offs_s = tl.arange(0, BLOCK_S)
+    mask_n, mask_s = offs_n < N, offs_s < S
+    row_a = pid_b + n_pairs
+    strength, token_scale = tl.load(gates_ptr + pid_b * 4), tl.load(gates_ptr + pid_b * 4 + 1)
+    space_scale, gain = tl.load(gates_ptr + pid_b * 4 + 2), tl.load(gates_ptr + pid_b * 4 + 3)
+    q_c, k_c, v_c = (
+        q_ptr + pid_b * N * C + pid_h * D,
+        k_ptr + pid_b * S * C + pid_h * D,
+        v_ptr + pid_b * S * C + pid_h * D,
+    )
+    q_a, k_a, v_a = (
+        q_ptr + row_a * N * C + pid_h * D,
+        k_ptr + row_a * S * C + pid_h * D,
+        v_ptr + row_a * S * C + pid_h * D,
+    )
+    chosen_c = tl.load(chosen_ptr + pid_b * S + offs_s, mask=mask_s, other=0) != 0
+    chosen_a = tl.load(chosen_ptr + row_a * S + offs_s, mask=mask_s, other=0) != 0
+    length_c, length_a = tl.load(lengths_ptr + pid_b), tl.load(lengths_ptr + row_a)
+    p = map_tile(q_c, k_c, offs_n, N, S, C, scale, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)
+    m = _mask_of_tile(p, q_c, k_c, offs_n, chosen_c, length_c, N, S, C, scale, token_scale,
+                      LOGITS, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)  # fmt: skip
+    s_c = _gate_of_tile(
+        m, partial_ptr + (pid_b * n_heads + pid_h) * n_blocks * 2, n_blocks, space_scale, gain, BLOCK_BLOCKS
+    )
+    p_c = p.to(v_ptr.dtype.element_ty)
+    p = map_tile(q_a, k_a, offs_n, N, S, C, scale, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)
+    m = _mask_of_tile(p, q_a, k_a, offs_n, chosen_a, length_a, N, S, C, scale, token_scale,
+                      LOGITS, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)  # fmt: skip
+    s_a = _gate_of_tile(
+        m, partial_ptr + (row_a * n_heads + pid_h) * n_blocks * 2, n_blocks, space_scale, gain, BLOCK_BLOCKS
+    )
+    p_a = p.to(v_ptr.dtype.element_ty)
+    w = tl.sigmoid(s_c - strength * s_a)[:, None]
+    for first in range(0, D, CHUNK):
+        offs_d = first + tl.arange(0, CHUNK)
+        mask_d = offs_d < D
+        mask_v = mask_s[:, None] & mask_d[None, :]
+        at_v = offs_s[:, None] * C + offs_d[None, :]
+        o_c = tl.dot(p_c, tl.load(v_c + at_v, mask=mask_v, other=0.0), input_precision=PRECISION)
+        o_a = tl.dot(p_a, tl.load(v_a + at_v, mask=mask_v, other=0.0), input_precision=PRECISION)
+        at = offs_n[:, None] * C + pid_h * D + offs_d[None, :]
+        mask = mask_n[:, None] & mask_d[None, :]
+        mixed = w * o_c + (1.0 - w) * o_a
+        tl.store(out_ptr + pid_b * N * C + at, mixed.to(out_ptr.dtype.element_ty), mask=mask)
+        tl.store(out_ptr + row_a * N * C + at, o_a.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def dbim_triton(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, lengths: Tensor, gates: Tensor, n_heads: int, logits: bool
+) -> Tensor:
+    """Launch both passes on contiguous tensors."""
+    check_layout(n_heads, lengths, q=q, k=k, v=v)
+    (B, N, C), S = q.shape, k.shape[1]
+    if chosen.dtype != torch.bool or not chosen.is_contiguous():
+        raise ValueError(f"chosen must be contiguous bool, got {chosen.dtype}, strides {chosen.stride()}")
+    if gates.dtype != torch.float32 or gates.shape != (B // 2, 4) or not gates.is_contiguous():
+        raise ValueError(f"gates must be contiguous float32 ({B // 2}, 4), got {gates.dtype} {tuple(gates.shape)}")
+    out = torch.empty_like(q)
+    if not out.numel():
+        return out
+    constants = tile(q, k, n_heads) | {"LOGITS": logits}
+    n_blocks = triton.cdiv(N, constants["BLOCK_N"])
+    partial = q.new_empty(B, n_heads, n_blocks, 2, dtype=torch.float32)
+    scale = (C // n_heads) ** -0.5
+    with torch.cuda.device_of(q):  # Triton launches on the current device
+        _dbim_space_kernel[(n_blocks, n_heads, B)](
+            q, k, chosen, lengths, gates, partial, N, S, C, n_heads, B // 2, scale, **constants
+        )  # fmt: skip
+        _dbim_mix_kernel[(n_blocks, n_heads, B // 2)](
+            q, k, v, chosen, lengths, gates, partial, out, N, S, C, n_heads, B // 2, scale,
+            BLOCK_BLOCKS=triton.next_power_of_2(n_blocks), **constants,
+        )  # fmt: skip
+    return out
+
+
+torch.library.impl("twinstream::dbim", "cuda", dbim_triton)
+torch.library.impl("twinstream::dbim", "cpu", dbim_ref)
+
+
+@torch.library.register_fake("twinstream::dbim")
+def _dbim_fake(q: Tensor, *_arguments: Tensor | float) -> Tensor:
+    return torch.empty_like(q)
+
+
+def dbim(
+    q: Tensor, k: Tensor, v: Tensor, chosen: Tensor, lengths: Tensor, gates: Tensor, n_heads: int, logits: bool
+) -> Tensor:
+    """Through the dispatcher: Triton on CUDA tensors, the reference on CPU tensors. No gradient."""
+    return torch.ops.twinstream.dbim(q, k, v, chosen, lengths, gates, n_heads, logits)
