@@ -71,6 +71,18 @@ SHAPES: dict[str, dict[str, dict[str, Any]]] = {
     },
 }
 
+SD_V1_5_UNET: dict[str, Any] = {
+    "_class_name": "UNet2DConditionModel",
+    "block_out_channels": [320, 640, 1280, 1280],
+    "layers_per_block": 2,
+    "attention_head_dim": 8,
+    "cross_attention_dim": 768,
+    "norm_num_groups": 32,
+    "down_block_types": [_ATTENTION_DOWN] * 3 + [_PLAIN_DOWN],
+    "up_block_types": [_PLAIN_UP] + [_ATTENTION_UP] * 3,
+    "sample_size": 64,
+}
+
 
 def make_unet(shape: str, text_width: int = 32, seed: int = 0) -> diffusers.UNet2DConditionModel:
     torch.manual_seed(seed)
@@ -123,3 +135,12 @@ def save_pipeline(shape: str, folder: Path, seed: int = 0, **options: Any) -> di
 
 def relative_error(actual: torch.Tensor, expected: torch.Tensor) -> float:
     return float((actual.double() - expected.double()).norm() / expected.double().norm())
+
+
+@torch.no_grad()
+def encode(pipeline: Any, prompt: str) -> torch.Tensor:
+    """A diffusers pipeline's encoded text (1, 77, E)."""
+    ids = pipeline.tokenizer(
+        prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
+    ).input_ids
+    return pipeline.text_encoder(ids)[0]

@@ -10,7 +10,7 @@ from PIL import Image
 import engine
 from engine.infusion import find_noun
 from tests.parity.infusion_reference import LiteralInfusion
-from tests.pipelines import relative_error, save_pipeline
+from tests.pipelines import encode, relative_error, save_pipeline
 
 _PROMPTS = ["a photo of a cat on a xylophone", "a xylophone beside a cat"]
 
@@ -37,7 +37,7 @@ def test_maps_are_those_of_the_modules(tmp_path: Path) -> None:
     for i, prompt in enumerate(_PROMPTS):
         noise = torch.randn(1, 4, 9, 6, generator=torch.Generator().manual_seed(5 + i))
         with torch.no_grad():
-            literal.predict(noise, scheduler.timesteps[0], literal.encode(prompt))
+            literal.predict(noise, scheduler.timesteps[0], encode(literal.pipeline, prompt))
         tokens = sd.text_encoder.tokenize(prompt)
         for name, maps in out.attention.layers.items():
             for w, word in enumerate(("cat", "xylophone")):

@@ -3,18 +3,8 @@
 import pytest
 
 from engine.config import ScheduleConfig, UNetConfig, VAEConfig
+from tests.pipelines import SD_V1_5_UNET
 
-_UNET = {
-    "_class_name": "UNet2DConditionModel",
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-    "norm_num_groups": 32,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-    "sample_size": 64,
-}
 _VAE = {
     "block_out_channels": [128, 256, 512, 512],
     "layers_per_block": 2,
@@ -25,7 +15,7 @@ _VAE = {
 
 
 def test_sd15_sizes() -> None:
-    unet, vae = UNetConfig.from_dict(_UNET), VAEConfig.from_dict(_VAE)
+    unet, vae = UNetConfig.from_dict(SD_V1_5_UNET), VAEConfig.from_dict(_VAE)
     assert unet.n_heads == (8, 8, 8, 8)
     assert unet.down_has_attention == (True, True, True, False)
     assert (vae.factor, vae.scaling_factor, vae.norm_num_groups) == (8, 0.18215, 32)
@@ -51,11 +41,11 @@ def test_sd15_sizes() -> None:
 )
 def test_unet_refusals(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        UNetConfig.from_dict({**_UNET, **change})
+        UNetConfig.from_dict({**SD_V1_5_UNET, **change})
 
 
 def test_fields_that_are_off_are_accepted() -> None:
-    config = UNetConfig.from_dict({**_UNET, "some_new_field": None, "another": False, "num_attention_heads": 4})
+    config = UNetConfig.from_dict({**SD_V1_5_UNET, "some_new_field": None, "another": False, "num_attention_heads": 4})
     assert config.n_heads == (4, 4, 4, 4)
 
 

@@ -16,20 +16,7 @@ from engine.conditioning import Conditioning, Following
 from engine.config import UNetConfig
 from engine.rows import make_plans
 from engine.unet import UNet2DConditionModel
-
-_SD_V1_5 = {
-    "_class_name": "UNet2DConditionModel",
-    "in_channels": 4,
-    "out_channels": 4,
-    "sample_size": 64,
-    "block_out_channels": [320, 640, 1280, 1280],
-    "layers_per_block": 2,
-    "attention_head_dim": 8,
-    "cross_attention_dim": 768,
-    "norm_num_groups": 32,
-    "down_block_types": ["CrossAttnDownBlock2D"] * 3 + ["DownBlock2D"],
-    "up_block_types": ["UpBlock2D"] + ["CrossAttnUpBlock2D"] * 3,
-}
+from tests.pipelines import SD_V1_5_UNET
 
 
 def _concept(sd: engine.Engine, seed: int = 0) -> engine.Concept:
@@ -57,7 +44,7 @@ def _flops(unet: UNet2DConditionModel, n_own: int, n_followers: int) -> int:
 
 def test_a_following_row_costs_less_than_a_plain_one() -> None:
     with torch.device("meta"):
-        unet = UNet2DConditionModel(UNetConfig.from_dict(_SD_V1_5))
+        unet = UNet2DConditionModel(UNetConfig.from_dict(SD_V1_5_UNET))
     plain = _flops(unet, 1, 0)
     assert plain == pytest.approx(800e9, rel=0.01)  # 803.3 GFLOP less the text's keys and values
     follower = _flops(unet, 1, 3) - _flops(unet, 1, 2)

@@ -8,6 +8,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tests.pipelines import encode
+
 
 @dataclass
 class Side:
@@ -79,11 +81,6 @@ class LiteralDCI:
         self.recording, self.mixing = recording, mixing
         return self.pipeline.unet(x, t, encoder_hidden_states=text).sample
 
-    def encode(self, prompt: str) -> Tensor:
-        tokenizer = self.pipeline.tokenizer
-        ids = tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-        return self.pipeline.text_encoder(ids)[0]
-
     @torch.no_grad()
     def __call__(
         self,
@@ -106,7 +103,7 @@ class LiteralDCI:
         self.layers = layers or self.all_layers
         scheduler = self.pipeline.scheduler
         scheduler.set_timesteps(steps)
-        empty, text_c, text_a = (self.encode(text) for text in ("", *prompts))
+        empty, text_c, text_a = (encode(self.pipeline, text) for text in ("", *prompts))
         x_c, x_a = noise
         for i, t in enumerate(scheduler.timesteps):
             mixing = i < mixing_steps

@@ -9,6 +9,8 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
+from tests.pipelines import encode
+
 
 @dataclass
 class Residual:
@@ -66,11 +68,6 @@ class LiteralInfusion:
             processor.borrow, processor.residuals = borrow, residuals
         return self.pipeline.unet(x, t, encoder_hidden_states=text).sample
 
-    def encode(self, prompt: str) -> Tensor:
-        tokenizer = self.pipeline.tokenizer
-        ids = tokenizer(prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt").input_ids
-        return self.pipeline.text_encoder(ids)[0]
-
     @torch.no_grad()
     def __call__(
         self,
@@ -85,7 +82,7 @@ class LiteralInfusion:
         """Final latents of C, and of F where it has a trajectory of its own."""
         scheduler = self.pipeline.scheduler
         scheduler.set_timesteps(steps)
-        text, empty = self.encode(prompt), self.encode("")
+        text, empty = encode(self.pipeline, prompt), encode(self.pipeline, "")
         x_f = x_c = noise * scheduler.init_noise_sigma
         for t in scheduler.timesteps:
             seen = x_f if foundation == "parallel" else x_c
