@@ -68,10 +68,10 @@ def test_generate_without_a_model(tiny: engine.Engine) -> None:
 
 
 def test_it_draws_what_it_is_asked_for(tiny: engine.Engine) -> None:
-    """Far above chance (1 in 10) on 12 fresh prompts; how well exactly is what the evaluation measures."""
+    """At least 10 of 12 fresh prompts; how well exactly is what the evaluation measures."""
     scenes = [scene_at(i, HELD_OUT_SEED) for i in range(30_000, 30_012)]
     prompts = [full_prompt(scene) for scene in scenes]
     images = tiny.generate(prompts, steps=15, guidance_scale=4.0, seed=0, progress=False).images
     right = score(to_tensor(images), scenes, load_evaluator())
     for name in ("object", "colour", "background"):
-        assert sum(right[name]) >= 7, name
+        assert sum(right[name]) >= 10, name

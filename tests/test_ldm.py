@@ -12,8 +12,8 @@ from engine.config import UNetConfig, VAEConfig
 from engine.errors import CheckpointError
 from engine.unet import UNet2DConditionModel
 from engine.vae import AutoencoderKL
-from tests.pipelines import SHAPES, save_pipeline
-from tests.test_config import _UNET, _VAE
+from tests.pipelines import SD_V1_5_UNET, SHAPES, save_pipeline
+from tests.test_config import _VAE
 
 _UNET_NAMES = {
     "conv_in.weight": "input_blocks.0.0.weight",
@@ -65,7 +65,7 @@ _VAE_NAMES = {
 
 
 def test_names_by_hand() -> None:
-    unet, vae = UNetConfig.from_dict(_UNET), VAEConfig.from_dict(_VAE)
+    unet, vae = UNetConfig.from_dict(SD_V1_5_UNET), VAEConfig.from_dict(_VAE)
     for ours, theirs in _UNET_NAMES.items():
         assert ldm.unet_name(unet, ours) == f"model.diffusion_model.{theirs}"
     for ours, theirs in _VAE_NAMES.items():
@@ -74,7 +74,7 @@ def test_names_by_hand() -> None:
 
 def test_sd15_counts_and_uniqueness() -> None:
     """SD v1.5 has 686 UNet and 248 VAE tensors, each with a name of its own."""
-    unet_config, vae_config = UNetConfig.from_dict(_UNET), VAEConfig.from_dict(_VAE)
+    unet_config, vae_config = UNetConfig.from_dict(SD_V1_5_UNET), VAEConfig.from_dict(_VAE)
     with torch.device("meta"):
         unet, vae = UNet2DConditionModel(unet_config), AutoencoderKL(vae_config)
     names = {ldm.unet_name(unet_config, key) for key in unet.state_dict()}
