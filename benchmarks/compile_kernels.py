@@ -82,7 +82,7 @@ def _attention_configurations() -> Iterator[tuple[Any, str, dict[str, str], dict
             types = inputs | {"residuals_ptr": data, "out_ptr": data, "out_residual_ptr": data} | sizes
             types |= {"scale": "fp32"}
             yield cross_attention_pair._cross_attention_pair_fwd_kernel, dtype, types, constants
-            yield from _dbim_configurations(dtype, constants)
+            yield from _dbim_configurations(dtype, head_dim)
         types = {"x_ptr": data, "out_ptr": data, "columns_ptr": data, "leaders_ptr": "*i64", "residuals_ptr": data}
         types |= {"y_ptr": data, "N": "i32", "C": "i32", "K": "i32"}
         constants = {
@@ -94,13 +94,15 @@ def _attention_configurations() -> Iterator[tuple[Any, str, dict[str, str], dict
         yield residual_apply._residual_apply_fwd_kernel, dtype, types, constants
 
 
-def _dbim_configurations(dtype: str, tile: dict[str, Any]) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any]]]:
+def _dbim_configurations(dtype: str, head_dim: int) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any]]]:
     """Both passes of one head dim, gated as calibrated; the printed form only at SD v1.5's finest layers."""
     data, sizes = f"*{dtype}", dict.fromkeys(("N", "S", "C", "n_heads", "n_pairs"), "i32") | {"scale": "fp32"}
     masks = {"chosen_ptr": "*i1", "lengths_ptr": "*i64", "gates_ptr": "*fp32"}
     space = dict.fromkeys(("q_ptr", "k_ptr"), data) | masks | {"partial_ptr": "*fp32"} | sizes
     mix = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | masks | {"partial_ptr": "*fp32", "out_ptr": data} | sizes
-    for logits in (False, True) if tile["D"] == 40 else (False,):
+    tile: dict[str, Any] = dbim.tile_pair(torch.empty(1, 1, head_dim), torch.empty(1, 77, head_dim), 1)
+    tile["PRECISION"] = "tf32"  # means nothing in half precision
+    for logits in (False, True) if head_dim == 40 else (False,):
         yield dbim._dbim_space_kernel, dtype, space, tile | {"LOGITS": logits}
         yield dbim._dbim_mix_kernel, dtype, mix, tile | {"LOGITS": logits, "BLOCK_BLOCKS": 64}
 

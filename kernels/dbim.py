@@ -177,7 +177,7 @@ def _dbim_mix_kernel(
     )
     p_a = p.to(v_ptr.dtype.element_ty)
     w = tl.sigmoid(s_c - strength * s_a)[:, None]
-    for first in range(0, D, CHUNK):
+    for first in range(0, C // n_heads, CHUNK):  # D, but unknown when compiling: a loop of one trip unrolls and spills
         offs_d = first + tl.arange(0, CHUNK)
         mask_d = offs_d < D
         mask_v = mask_s[:, None] & mask_d[None, :]
@@ -189,6 +189,12 @@ def _dbim_mix_kernel(
         mixed = w * o_c + (1.0 - w) * o_a
         tl.store(out_ptr + pid_b * N * C + at, mixed.to(out_ptr.dtype.element_ty), mask=mask)
         tl.store(out_ptr + row_a * N * C + at, o_a.to(out_ptr.dtype.element_ty), mask=mask)
+
+
+def tile_pair(q: Tensor, k: Tensor, n_heads: int) -> dict[str, int | str]:
+    """Constants of a launch: smaller tiles at the smallest head dims, where two maps at a time would spill."""
+    constants = tile(q, k, n_heads)
+    return constants | {"BLOCK_N": 32} if q.shape[-1] // n_heads <= 16 else constants
 
 
 def dbim_triton(
@@ -204,7 +210,7 @@ def dbim_triton(
     out = torch.empty_like(q)
     if not out.numel():
         return out
-    constants = tile(q, k, n_heads) | {"LOGITS": logits}
+    constants = tile_pair(q, k, n_heads) | {"LOGITS": logits}
     n_blocks = triton.cdiv(N, constants["BLOCK_N"])
     partial = q.new_empty(B, n_heads, n_blocks, 2, dtype=torch.float32)
     scale = (C // n_heads) ** -0.5
