@@ -102,7 +102,7 @@ def concept_sets(widths: dict[str, int]) -> list[dict[str, Tensor]]:
     """Random text-space residuals of eight concepts, by layer."""
     generator = torch.Generator().manual_seed(0)
     return [
-        {name: torch.randn(width, generator=generator) for name, width in widths.items()} for _ in range(CONCEPT_SETS)
+        {name: torch.randn(widths[name], generator=generator) for name in sorted(widths)} for _ in range(CONCEPT_SETS)
     ]
 
 
