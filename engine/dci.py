@@ -3,12 +3,11 @@
 from __future__ import annotations
 
 import re
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from .checks import check_choice, check_flag, check_number
-from .infusion import find_noun
-from .text import TextEncoder, Tokens
+from .text import TextEncoder, Tokens, find_noun, word_pattern
 
 PRESETS: dict[str, tuple[float, float, float]] = {  # tau_t, tau_s, gain
     "calibrated": (10.0, 10.0, 500.0),
@@ -102,13 +101,13 @@ class DCI:
             gain if self.gain is None else self.gain,
         )
 
-    def strength_of(self, image: int, n_images: int) -> float:
-        """The strength of one of a request's images."""
+    def for_image(self, image: int, n_images: int) -> DCI:
+        """The same with the one strength of one of a request's images."""
         if not isinstance(self.strength, list | tuple):
-            return float(self.strength)
+            return self
         if len(self.strength) != n_images:
             raise ValueError(f"strength must be one, or one per image ({n_images}), got {len(self.strength)}")
-        return float(self.strength[image])
+        return replace(self, strength=self.strength[image])
 
     def mixing_steps(self, steps: int) -> int:
         """How many of ``steps`` steps mix."""
@@ -118,7 +117,7 @@ class DCI:
         """The steps of a schedule whose mixing steps count twice and that costs about ``steps`` steps."""
         return max(1, round(steps / (1 + self.fraction))) if self.match_cost else steps
 
-    def settings(self, strength: float) -> dict[str, Any]:
+    def settings(self) -> dict[str, Any]:
         """How a result describes one image's."""
         token_scale, space_scale, gain = self.scales
         choices = ("fraction", "preset", "guidance", "noise", "match_cost")
@@ -127,7 +126,7 @@ class DCI:
             "method": "dci",
             "noun": self.noun,
             "auxiliary_noun": self.auxiliary,
-            "strength": strength,
+            "strength": self.strength,
             "token_scale": token_scale,
             "space_scale": space_scale,
             "gain": gain,
@@ -169,7 +168,7 @@ def make_branches(prompt: str, dci: DCI, text_encoder: TextEncoder) -> Branches:
 
 def replace_noun(prompt: str, noun: str, stand_in: str) -> str:
     """The prompt with another noun, and the article that goes with it."""
-    pattern = re.compile(rf"(?:(?<!\w)(an?)(\s+))?(?<!\w){re.escape(noun)}(?!\w)", re.IGNORECASE)
+    pattern = re.compile(rf"(?:(?<!\w)(an?)(\s+))?{word_pattern(noun)}", re.IGNORECASE)
 
     def swap(match: re.Match[str]) -> str:
         article, space = match.group(1), match.group(2)
@@ -188,7 +187,7 @@ def _with_article(text: str, noun: str) -> str:
 def _stand_in(auxiliary: Tokens, prompt: str, dci: DCI, text_encoder: TextEncoder) -> set[int]:
     """Positions of the auxiliary noun where it took the concept's place, should the prompt have it elsewhere too."""
     before = re.findall(
-        rf"(?<!\w){re.escape(dci.auxiliary)}(?!\w)|(?<!\w){re.escape(dci.noun)}(?!\w)",
+        f"{word_pattern(dci.auxiliary)}|{word_pattern(dci.noun)}",
         text_encoder.tokenize(prompt).text,
         re.IGNORECASE,
     )

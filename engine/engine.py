@@ -279,10 +279,7 @@ class Engine:
             "width": request.width,
             "strength": None if request.image is None else request.strength,
             "given_latents": request.latents is not None,
-            "customizations": [
-                one.settings(strength) if isinstance(one, DCI) else one and one.settings()
-                for one, strength in zip(request.customizations, request.strengths, strict=True)
-            ],
+            "customizations": [None if one is None else one.settings() for one in request.customizations],
             "vae_slicing": request.vae_slicing,
             "vae_tiling": request.vae_tiling,
             "model": self.name,

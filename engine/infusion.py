@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import re
 import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from torch import Tensor
 from .checks import check_choice
 from .concept import Concept
 from .errors import ConceptFileError
-from .text import Tokens
+from .text import Tokens, find_noun
 from .transformer import CrossAttention
 from .unet import UNet2DConditionModel
 
@@ -74,28 +73,6 @@ def token_positions(text: Tokens, infusion: Infusion) -> dict[int, list[Concept]
         for position in positions if infusion.tokens == "all" else positions[-1:]:
             places.setdefault(position, []).append(concept)
     return places
-
-
-def find_noun(text: Tokens, noun: str, occurrence: int | None = None) -> list[int]:
-    """Positions of the tokens of a word or words in a tokenized prompt; the begin token is at 0.
-
-    Raises:
-        ValueError: it is absent, is there more than once and no occurrence is given, or does not fit.
-    """
-    found = list(re.finditer(rf"(?<!\w){re.escape(noun)}(?!\w)", text.text, re.IGNORECASE))
-    if not found:
-        raise ValueError(f"the prompt must contain {noun!r}, got {text.text!r}")
-    if occurrence is None and len(found) > 1:
-        rule = f"the prompt has {noun!r} {len(found)} times; say which with occurrences"
-        raise ValueError(f"{rule}, got {text.text!r}")
-    if occurrence is not None and occurrence >= len(found):
-        raise ValueError(f"the prompt has {noun!r} {len(found)} times, got occurrence {occurrence}")
-    start, end = found[occurrence or 0].span()
-    last = max((stop for _, stop in text.spans), default=0)
-    if end > last:
-        rule = f"{noun!r} must be within the text encoder's {len(text.ids)} tokens"
-        raise ValueError(f"{rule}; it was cut off from {text.text!r}")
-    return [i + 1 for i, (first, stop) in enumerate(text.spans) if first < end and stop > start]
 
 
 def residual_widths(unet: UNet2DConditionModel, space: str) -> dict[str, int]:

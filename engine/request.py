@@ -38,7 +38,7 @@ class ModelLimits:
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call of ``generate``; prompts, negative prompts, seeds, customisations and DCI's strengths are per image."""
+    """One call of ``generate``; prompts, negative prompts, seeds and customisations have one entry per image."""
 
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...]
@@ -54,7 +54,6 @@ class Request:
     strength: float
     latents: Tensor | None
     customizations: tuple[Customization | None, ...]
-    strengths: tuple[float, ...]
     attention_words: tuple[str, ...]
     record_masks: bool
     output: str
@@ -137,10 +136,6 @@ def make_request(
         strength=strength,
         latents=None if latents is None else _start_noise(limits, latents, n_images, height, width),
         customizations=customizations,
-        strengths=tuple(
-            custom.strength_of(i, n_images) if isinstance(custom, DCI) else 0.0
-            for i, custom in enumerate(customizations)
-        ),
         attention_words=() if attention_words in ((), []) else tuple(_texts("attention_words", attention_words)),
         record_masks=_check_masks(record_masks, customizations),
         output=check_choice("output", output, _OUTPUTS),
@@ -179,7 +174,7 @@ def _customizations(customization: Any, n_images: int) -> tuple[Customization | 
         if one is not None and not isinstance(one, Customization):
             kinds = "an engine.Infusion, an engine.DCI, None, or a list of these"
             raise ValueError(f"customization must be {kinds}, got {one!r}")
-    return tuple(given)
+    return tuple(one.for_image(i, n_images) if isinstance(one, DCI) else one for i, one in enumerate(given))
 
 
 def _check_masks(record_masks: Any, customizations: Sequence[Customization | None]) -> bool:

@@ -18,9 +18,9 @@ from .attention import Watched
 from .concept import Concept
 from .conditioning import Following, Mixing
 from .dci import DCI, Branches, make_branches
-from .infusion import Infusion, find_noun, token_positions
+from .infusion import Infusion, token_positions
 from .request import Request
-from .text import TextEncoder
+from .text import TextEncoder, find_noun
 
 Project = Callable[[Concept], tuple[Tensor, ...]]
 Residuals = Mapping[int, Sequence[Concept]]  # the concepts whose residual acts on a token, by its position
@@ -126,7 +126,7 @@ class _Rows:
         self._add_picture(trajectory, None, self.guided[trajectory][1])
 
     def add_infusion(self, i: int, infusion: Infusion) -> None:
-        prompt, negative = self.request.prompts[i], self.request.negative_prompts[i]
+        prompt = self.request.prompts[i]
         residuals = token_positions(self.text_encoder.tokenize(prompt), infusion)
         if infusion.foundation == "parallel":
             foundation = self._shared_trajectory(i)
@@ -135,19 +135,19 @@ class _Rows:
             if infusion.unconditional_maps == "foundation":
                 unconditional = self._follow(trajectory, leader_unconditional, {}) if self.is_guided else None
             else:
-                unconditional = self._own(_PLAIN, trajectory, negative) if self.is_guided else None
+                unconditional = self._own_unconditional(trajectory, i)
         else:  # both pipelines see the same latents, so their unconditional rows are one
             foundation, trajectory = None, self._new_trajectory(("infusion", i), i)
-            unconditional = self._own(_PLAIN, trajectory, negative) if self.is_guided else None
+            unconditional = self._own_unconditional(trajectory, i)
             leader = self._own(_PLAIN, trajectory, prompt)
         self._guide(unconditional, self._follow(trajectory, leader, residuals))
         self._add_picture(trajectory, foundation, leader)
 
     def add_dci(self, i: int, dci: DCI, mixes: bool) -> None:
-        prompt, negative = self.request.prompts[i], self.request.negative_prompts[i]
+        prompt = self.request.prompts[i]
         branches = make_branches(prompt, dci, self.text_encoder)
         trajectory = self._new_trajectory(("dci", i), i)
-        unconditional = self._own(_PLAIN, trajectory, negative) if self.is_guided else None
+        unconditional = self._own_unconditional(trajectory, i)
         segment, text = (_CONCEPT, branches.prompts[0]) if mixes else (_PLAIN, prompt)
         conditional = self._own(segment, trajectory, text)
         self._guide(unconditional, conditional)
@@ -156,8 +156,8 @@ class _Rows:
             return
         start = i if dci.noise == "shared" else len(self.request.prompts) + i
         auxiliary = self._new_trajectory(("auxiliary", i), start)
-        if dci.guidance == "own" and self.is_guided:
-            unconditional = self._own(_PLAIN, auxiliary, negative)
+        if dci.guidance == "own":
+            unconditional = self._own_unconditional(auxiliary, i)
         self._guide(unconditional, self._own(_AUXILIARY, auxiliary, branches.prompts[1]))
         self.pairs.append((i, dci, branches))
 
@@ -236,7 +236,7 @@ class _Rows:
                     raise ValueError(f"{name} must be the same for all DCI images of one request, got {given}")
         length = self.text_encoder.max_length
         branches = [branches for _, _, branches in self.pairs]
-        gates = [(self.request.strengths[i], *dci.scales) for i, dci, _ in self.pairs]
+        gates = [(dci.strength, *dci.scales) for _, dci, _ in self.pairs]
         chosen = torch.zeros(2 * len(branches), length, dtype=torch.bool)
         for k in (0, 1):
             for number, one in enumerate(branches):
@@ -259,7 +259,7 @@ class _Rows:
         key = (prompt, negative, request.seeds[i], own_start)
         if key not in self.trajectories:
             trajectory = self._new_trajectory(key, i)
-            unconditional = self._own(_PLAIN, trajectory, negative) if self.is_guided else None
+            unconditional = self._own_unconditional(trajectory, i)
             self._guide(unconditional, self._own(_PLAIN, trajectory, prompt))
         return list(self.trajectories).index(key)
 
@@ -268,10 +268,11 @@ class _Rows:
         return len(self.trajectories) - 1
 
     def _add_picture(self, trajectory: int, foundation: int | None, owner: Row) -> None:
-        tokens = self.text_encoder.tokenize(self.owners[owner[0]][owner[1]][1])
+        _, text = self.owners[owner[0]][owner[1]]
+        words = self.request.attention_words
         self.pictures.append(trajectory)
         self.foundations.append(foundation)
-        self.watched.append((owner, [find_noun(tokens, word) for word in self.request.attention_words]))
+        self.watched.append((owner, [find_noun(self.text_encoder.tokenize(text), word) for word in words]))
 
     def _guide(self, unconditional: Row | None, conditional: Row) -> None:
         self.guided.append((conditional if unconditional is None else unconditional, conditional))
@@ -279,6 +280,9 @@ class _Rows:
     def _own(self, segment: int, trajectory: int, text: str) -> Row:
         self.owners[segment].append((trajectory, text))
         return segment, len(self.owners[segment]) - 1
+
+    def _own_unconditional(self, trajectory: int, i: int) -> Row | None:
+        return self._own(_PLAIN, trajectory, self.request.negative_prompts[i]) if self.is_guided else None
 
     def _follow(self, trajectory: int, leader: Row, residuals: Residuals) -> Row:
         self.followers.append((trajectory, leader, residuals))

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 import threading
 import warnings
 from collections.abc import Sequence
@@ -99,3 +100,30 @@ class TextEncoder:
 
     def _transform(self, ids: Sequence[tuple[int, ...]]) -> Tensor:
         return self.model(input_ids=torch.tensor(ids, device=self.model.device)).last_hidden_state
+
+
+def word_pattern(words: str) -> str:
+    """A regular expression for a word or words, not within others."""
+    return rf"(?<!\w){re.escape(words)}(?!\w)"
+
+
+def find_noun(text: Tokens, noun: str, occurrence: int | None = None) -> list[int]:
+    """Positions of the tokens of a word or words in a tokenized prompt; the begin token is at 0.
+
+    Raises:
+        ValueError: it is absent, is there more than once and no occurrence is given, or does not fit.
+    """
+    found = list(re.finditer(word_pattern(noun), text.text, re.IGNORECASE))
+    if not found:
+        raise ValueError(f"the prompt must contain {noun!r}, got {text.text!r}")
+    if occurrence is None and len(found) > 1:
+        rule = f"the prompt has {noun!r} {len(found)} times; say which with occurrences"
+        raise ValueError(f"{rule}, got {text.text!r}")
+    if occurrence is not None and occurrence >= len(found):
+        raise ValueError(f"the prompt has {noun!r} {len(found)} times, got occurrence {occurrence}")
+    start, end = found[occurrence or 0].span()
+    last = max((stop for _, stop in text.spans), default=0)
+    if end > last:
+        rule = f"{noun!r} must be within the text encoder's {len(text.ids)} tokens"
+        raise ValueError(f"{rule}; it was cut off from {text.text!r}")
+    return [i + 1 for i, (first, stop) in enumerate(text.spans) if first < end and stop > start]

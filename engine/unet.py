@@ -123,26 +123,16 @@ class UNet2DConditionModel(nn.Module):
 
         self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, widths[0], config.norm_eps, ops)
         self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        stages = [*self.down_blocks, self.mid_block, *self.up_blocks]
+        layers = [module for stage in stages for module in stage.modules()]  # in forward order
+        names = {module: name for name, module in self.named_modules()}
+        self.resnets = [module for module in layers if isinstance(module, UNetResnet)]
+        # by the names that concepts use ("...attn2")
+        self.cross_attentions = {names[m]: m for m in layers if isinstance(m, CrossAttention)}
         for i, resnet in enumerate(self.resnets):
             resnet.layer = i
         for i, attn2 in enumerate(self.cross_attentions.values()):
             attn2.layer = i
-
-    @property
-    def _stages(self) -> list[nn.Module]:
-        return [*self.down_blocks, self.mid_block, *self.up_blocks]
-
-    @property
-    def resnets(self) -> list[UNetResnet]:
-        """The resnets in forward order."""
-        return [module for stage in self._stages for module in stage.modules() if isinstance(module, UNetResnet)]
-
-    @property
-    def cross_attentions(self) -> dict[str, CrossAttention]:
-        """The cross-attention layers in forward order, by the names that concepts use ("...attn2")."""
-        names = {module: name for name, module in self.named_modules() if isinstance(module, CrossAttention)}
-        ordered = [m for stage in self._stages for m in stage.modules() if isinstance(m, CrossAttention)]
-        return {names[module]: module for module in ordered}
 
     def time_shifts(self, timesteps: Tensor) -> tuple[Tensor, ...]:
         """Per resnet, the time embedding's shift (T, C) for timesteps (T,), in the weights' dtype."""

@@ -100,6 +100,24 @@ def _mask_of_tile(p, q_ptr, k_ptr, offs_n, chosen, length, N, S, C, scale, token
 
 
 @triton.jit
+def _map_and_mask(
+    q_ptr, k_ptr, chosen_ptr, lengths_ptr, row, pid_h, offs_n, N, S, C, scale, token_scale,
+    LOGITS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
+    PRECISION: tl.constexpr,
+):  # fmt: skip
+    """Rows ``offs_n`` of the map and of ``m``, for one row of the batch and one head."""
+    offs_s = tl.arange(0, BLOCK_S)
+    q_ptr += row * N * C + pid_h * D
+    k_ptr += row * S * C + pid_h * D
+    chosen = tl.load(chosen_ptr + row * S + offs_s, mask=offs_s < S, other=0) != 0
+    length = tl.load(lengths_ptr + row)
+    p = map_tile(q_ptr, k_ptr, offs_n, N, S, C, scale, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)
+    m = _mask_of_tile(p, q_ptr, k_ptr, offs_n, chosen, length, N, S, C, scale, token_scale,
+                      LOGITS, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)  # fmt: skip
+    return p, m
+
+
+@triton.jit
 def _dbim_space_kernel(
     q_ptr, k_ptr, chosen_ptr, lengths_ptr, gates_ptr, partial_ptr, N, S, C, n_heads, n_pairs, scale,
     LOGITS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
@@ -107,16 +125,10 @@ def _dbim_space_kernel(
 ):  # fmt: skip
     pid_n, pid_h, pid_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_s = tl.arange(0, BLOCK_S)
-    q_ptr += pid_b * N * C + pid_h * D
-    k_ptr += pid_b * S * C + pid_h * D
-    chosen = tl.load(chosen_ptr + pid_b * S + offs_s, mask=offs_s < S, other=0) != 0
-    length = tl.load(lengths_ptr + pid_b)
     token_scale = tl.load(gates_ptr + pid_b % n_pairs * 4 + 1)
     space_scale = tl.load(gates_ptr + pid_b % n_pairs * 4 + 2)
-    p = map_tile(q_ptr, k_ptr, offs_n, N, S, C, scale, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)
-    m = _mask_of_tile(p, q_ptr, k_ptr, offs_n, chosen, length, N, S, C, scale, token_scale,
-                      LOGITS, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)  # fmt: skip
+    _, m = _map_and_mask(q_ptr, k_ptr, chosen_ptr, lengths_ptr, pid_b, pid_h, offs_n, N, S, C, scale, token_scale,
+                         LOGITS, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)  # fmt: skip
     m = tl.where(offs_n < N, m, float("-inf"))
     peak = tl.max(m, axis=0)
     at = ((pid_b * n_heads + pid_h) * tl.num_programs(0) + pid_n) * 2
@@ -149,33 +161,17 @@ def _dbim_mix_kernel(
     row_a = pid_b + n_pairs
     strength, token_scale = tl.load(gates_ptr + pid_b * 4), tl.load(gates_ptr + pid_b * 4 + 1)
     space_scale, gain = tl.load(gates_ptr + pid_b * 4 + 2), tl.load(gates_ptr + pid_b * 4 + 3)
-    q_c, k_c, v_c = (
-        q_ptr + pid_b * N * C + pid_h * D,
-        k_ptr + pid_b * S * C + pid_h * D,
-        v_ptr + pid_b * S * C + pid_h * D,
-    )
-    q_a, k_a, v_a = (
-        q_ptr + row_a * N * C + pid_h * D,
-        k_ptr + row_a * S * C + pid_h * D,
-        v_ptr + row_a * S * C + pid_h * D,
-    )
-    chosen_c = tl.load(chosen_ptr + pid_b * S + offs_s, mask=mask_s, other=0) != 0
-    chosen_a = tl.load(chosen_ptr + row_a * S + offs_s, mask=mask_s, other=0) != 0
-    length_c, length_a = tl.load(lengths_ptr + pid_b), tl.load(lengths_ptr + row_a)
-    p = map_tile(q_c, k_c, offs_n, N, S, C, scale, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)
-    m = _mask_of_tile(p, q_c, k_c, offs_n, chosen_c, length_c, N, S, C, scale, token_scale,
-                      LOGITS, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)  # fmt: skip
-    s_c = _gate_of_tile(
-        m, partial_ptr + (pid_b * n_heads + pid_h) * n_blocks * 2, n_blocks, space_scale, gain, BLOCK_BLOCKS
-    )
-    p_c = p.to(v_ptr.dtype.element_ty)
-    p = map_tile(q_a, k_a, offs_n, N, S, C, scale, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)
-    m = _mask_of_tile(p, q_a, k_a, offs_n, chosen_a, length_a, N, S, C, scale, token_scale,
-                      LOGITS, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)  # fmt: skip
-    s_a = _gate_of_tile(
-        m, partial_ptr + (row_a * n_heads + pid_h) * n_blocks * 2, n_blocks, space_scale, gain, BLOCK_BLOCKS
-    )
-    p_a = p.to(v_ptr.dtype.element_ty)
+    p_c, m = _map_and_mask(q_ptr, k_ptr, chosen_ptr, lengths_ptr, pid_b, pid_h, offs_n, N, S, C, scale, token_scale,
+                           LOGITS, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)  # fmt: skip
+    partial_c = partial_ptr + (pid_b * n_heads + pid_h) * n_blocks * 2
+    s_c = _gate_of_tile(m, partial_c, n_blocks, space_scale, gain, BLOCK_BLOCKS)
+    p_c = p_c.to(v_ptr.dtype.element_ty)
+    p_a, m = _map_and_mask(q_ptr, k_ptr, chosen_ptr, lengths_ptr, row_a, pid_h, offs_n, N, S, C, scale, token_scale,
+                           LOGITS, D, BLOCK_N, BLOCK_S, CHUNK, PRECISION)  # fmt: skip
+    partial_a = partial_ptr + (row_a * n_heads + pid_h) * n_blocks * 2
+    s_a = _gate_of_tile(m, partial_a, n_blocks, space_scale, gain, BLOCK_BLOCKS)
+    p_a = p_a.to(v_ptr.dtype.element_ty)
+    v_c, v_a = v_ptr + pid_b * S * C + pid_h * D, v_ptr + row_a * S * C + pid_h * D
     w = tl.sigmoid(s_c - strength * s_a)[:, None]
     for first in range(0, C // n_heads, CHUNK):  # D, but unknown when compiling: a loop of one trip unrolls and spills
         offs_d = first + tl.arange(0, CHUNK)

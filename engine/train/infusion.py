@@ -16,9 +16,10 @@ from ..checks import check_choice, check_flag, check_integer, check_number
 from ..concept import Concept
 from ..conditioning import Conditioning, Following
 from ..engine import Engine
-from ..infusion import Infusion, find_noun, project_residual, residual_widths
+from ..infusion import Infusion, project_residual, residual_widths
 from ..ops import TORCH
 from ..schedule import alphas_cumprod
+from ..text import find_noun
 from ..transformer import Transformer2DModel
 from ..unet import UNet2DConditionModel, UNetResnet
 from .loop import Callback, Options, run
