@@ -7,14 +7,15 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-from benchmarks.tinyworld.scene import Scene, draw, sample_scene
+from benchmarks.tinyworld.scene import Scene, draw, sample_scene, with_patterns
 
 TRAIN_SEED, HELD_OUT_SEED = 0, 1_000_000_007
 
 
-def scene_at(index: int, seed: int = TRAIN_SEED) -> Scene:
-    """Scene ``index`` of the endless sequence that ``seed`` names."""
-    return sample_scene(random.Random(f"{seed}:{index}"))
+def scene_at(index: int, seed: int = TRAIN_SEED, *, patterned: bool = False) -> Scene:
+    """Scene ``index`` of the endless sequence that ``seed`` names; with patterns on some of its objects if asked."""
+    scene = sample_scene(random.Random(f"{seed}:{index}"))
+    return with_patterns(scene, random.Random(f"pattern:{seed}:{index}")) if patterned else scene
 
 
 def to_tensor(images: list[Image.Image]) -> Tensor:
@@ -29,9 +30,9 @@ def to_images(pictures: Tensor) -> list[Image.Image]:
     return [Image.fromarray(picture) for picture in pixels.permute(0, 2, 3, 1).numpy()]
 
 
-def pictures_at(indices: range, seed: int = TRAIN_SEED) -> Tensor:
+def pictures_at(indices: range, seed: int = TRAIN_SEED, *, patterned: bool = False) -> Tensor:
     """The pictures of scenes ``indices`` as one tensor."""
-    return to_tensor([draw(scene_at(index, seed)) for index in indices])
+    return to_tensor([draw(scene_at(index, seed, patterned=patterned)) for index in indices])
 
 
 def grid(images: list[Image.Image], columns: int) -> Image.Image:

@@ -1,14 +1,15 @@
 """Scenes: what a picture shows, how one is sampled, and how it is drawn. Everything follows from the scene."""
 
 import random
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 from PIL import Image, ImageDraw
 
 from benchmarks.tinyworld.backgrounds import BACKGROUNDS, CANVAS, draw_background
 from benchmarks.tinyworld.objects import ANIMALS, OBJECTS, draw_ball, draw_hat
 from benchmarks.tinyworld.palette import COLOURS, PLAIN_COLOURS, make_paint, mix
-from benchmarks.tinyworld.pen import Frame, Pattern, Pen
+from benchmarks.tinyworld.patterns import HELD_OUT_PATTERNS, PATTERNS
+from benchmarks.tinyworld.pen import Frame, Pen
 
 SIZES: tuple[str, ...] = ("small", "large")
 FACINGS: tuple[str, ...] = ("left", "right")
@@ -22,11 +23,15 @@ _FEET_PX = {"small": 212, "large": 232}
 _BALL_PX = 44
 _SKETCH_WASH = 0.62
 _COARSE = 8
+_PATTERNED = 0.4
 
 
 @dataclass(frozen=True, slots=True)
 class Thing:
-    """One object and its attributes; ``seed`` decides its jitter."""
+    """One object and its attributes; ``seed`` decides its jitter.
+
+    ``pattern`` is one of ``PATTERNS`` or "" for none, and ``pattern_colour`` its colour ("" for the rainbow's own).
+    """
 
     object: str
     colour: str
@@ -35,6 +40,8 @@ class Thing:
     position: str = "middle"
     extra: str = ""
     seed: int = 0
+    pattern: str = ""
+    pattern_colour: str = ""
 
 
 @dataclass(frozen=True, slots=True)
@@ -71,18 +78,30 @@ def sample_scene(rng: random.Random) -> Scene:
     return Scene(things, background, plain_colour, style, rng.getrandbits(32))
 
 
-def draw(scene: Scene, size: int = 128, pattern: Pattern = ()) -> Image.Image:
+def with_patterns(scene: Scene, rng: random.Random) -> Scene:
+    """Give 40 % of a scene's objects a pattern, never the one that is held out for their noun."""
+    return replace(scene, things=tuple(_with_pattern(thing, rng) for thing in scene.things))
+
+
+def _with_pattern(thing: Thing, rng: random.Random) -> Thing:
+    if rng.random() >= _PATTERNED:
+        return thing
+    pattern = rng.choice([name for name in PATTERNS if name != HELD_OUT_PATTERNS.get(thing.object)])
+    colour = rng.choice([name for name in COLOURS if name != thing.colour])
+    return replace(thing, pattern=pattern, pattern_colour="" if pattern == "rainbow" else colour)
+
+
+def draw(scene: Scene, size: int = 128) -> Image.Image:
     """Draw a scene as a square RGB picture.
 
     Args:
         scene: what to show.
         size: side of the picture in pixels.
-        pattern: paths that cover the objects' bodies, for concepts no caption names.
     """
     wash = _SKETCH_WASH if scene.style == "sketch" else 0.0
     image = draw_background(scene.background, scene.plain_colour, random.Random(scene.seed), wash)
     for thing in scene.things:
-        _draw_thing(image, thing, scene, pattern)
+        _draw_thing(image, thing, scene)
     if scene.style == "pixel":
         return image.reduce(_COARSE).resize((size, size), Image.Resampling.NEAREST)
     if size * 2 == CANVAS:
@@ -90,7 +109,7 @@ def draw(scene: Scene, size: int = 128, pattern: Pattern = ()) -> Image.Image:
     return image.resize((size, size), Image.Resampling.LANCZOS)
 
 
-def _draw_thing(image: Image.Image, thing: Thing, scene: Scene, pattern: Pattern) -> None:
+def _draw_thing(image: Image.Image, thing: Thing, scene: Scene) -> None:
     rng = random.Random(thing.seed)
     paint = make_paint(thing.colour, scene.style, scene.background == "night sky")
     scale = _EXTENT_PX[thing.size] / 100 * rng.uniform(0.95, 1.03)
@@ -102,7 +121,8 @@ def _draw_thing(image: Image.Image, thing: Thing, scene: Scene, pattern: Pattern
     mirror = -1 if thing.facing == "left" else 1
     frame = Frame(x, y, mirror * scale * (1 + aspect), scale * (1 - aspect), turn)
     _shadow(image, x, y, 46 * scale)
-    pen = Pen(image, frame, paint, pattern)
+    colour = COLOURS.get(thing.pattern_colour, paint.base)  # the rainbow has none and needs none
+    pen = Pen(image, frame, paint, PATTERNS[thing.pattern](colour) if thing.pattern else ())
     OBJECTS[thing.object](pen)
     if thing.extra == "hat":
         draw_hat(pen, thing.object)

@@ -48,10 +48,10 @@ def train(folder: Path, minutes: float, batch: int, peak_rate: float, decoder_on
         vae.load_state_dict(ema.shadow)
         vae.encoder.requires_grad_(False)
         vae.quant_conv.requires_grad_(False)
-    held_out = pictures_at(range(96), HELD_OUT_SEED)
+    held_out = pictures_at(range(96), HELD_OUT_SEED, patterned=True)
     while not run.finished:
         generator = torch.Generator().manual_seed(run.step)
-        pictures = pictures_at(range(run.samples, run.samples + batch))
+        pictures = pictures_at(range(run.samples, run.samples + batch), patterned=True)
         with torch.autocast("cpu", torch.bfloat16):
             mean, std = vae.posterior(pictures)
             noise = torch.randn(mean.shape, generator=generator)

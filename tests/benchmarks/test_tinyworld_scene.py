@@ -10,8 +10,10 @@ import pytest
 from benchmarks.tinyworld.backgrounds import BACKGROUNDS
 from benchmarks.tinyworld.captions import VOCABULARY_WORDS, caption, full_prompt
 from benchmarks.tinyworld.concepts import CONCEPTS, draw_concept, held_out_pictures, reference_pictures
+from benchmarks.tinyworld.data import scene_at
 from benchmarks.tinyworld.objects import ANIMALS, OBJECTS
 from benchmarks.tinyworld.palette import COLOURS
+from benchmarks.tinyworld.patterns import HELD_OUT_PATTERNS
 from benchmarks.tinyworld.scene import EXTRAS, FACINGS, POSITIONS, SIZES, STYLES, Scene, Thing, draw, sample_scene
 
 
@@ -125,3 +127,20 @@ def test_concept_pictures_are_fixed_and_distinct(name: str):
 def test_an_unknown_concept_is_refused():
     with pytest.raises(ValueError, match="got 'unicorn'"):
         draw_concept("unicorn")
+
+
+def test_pre_training_has_patterns_but_no_custom_concept():
+    things = [thing for i in range(400) for thing in scene_at(i, patterned=True).things]
+    assert 0.3 < sum(bool(thing.pattern) for thing in things) / len(things) < 0.5
+    assert all(thing.pattern != HELD_OUT_PATTERNS.get(thing.object, "none") for thing in things)
+    assert {concept.noun: concept.pattern for concept in CONCEPTS.values()} == HELD_OUT_PATTERNS
+    assert all(thing.pattern_colour != thing.colour for thing in things)
+
+
+def test_a_pattern_changes_its_object_alone():
+    plain = Scene((Thing("mug", "red"),), "room")
+    spotted = Scene((Thing("mug", "red", pattern="spots", pattern_colour="white"),), "room")
+    rows, columns = np.nonzero(np.abs(_pixels(spotted) - _pixels(plain)).sum(axis=2))
+    assert len(rows) > 200
+    assert rows.min() > 30
+    assert 20 < columns.min() <= columns.max() < 110
