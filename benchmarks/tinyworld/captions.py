@@ -42,6 +42,14 @@ _EXTRAS: dict[str, tuple[str, ...]] = {
     "hat": ("wearing a hat", "wearing a hat", "with a hat"),
     "ball": ("with a ball", "with a ball", "and a ball"),
 }
+# an adjective before the object's colour, or a phrase after the noun. Not in the vocabulary: the tokenizer spells them
+_PATTERNS: dict[str, tuple[str, str]] = {
+    "stripes": ("{} striped", "with {} stripes"),
+    "checks": ("{} checkered", "with {} checks"),
+    "spots": ("{} spotted", "with {} spots"),
+    "star": ("{} starry", "with a {} star"),
+    "rainbow": ("rainbow", "with rainbow bands"),
+}
 
 _SAID_PHOTO = 0.75
 _SAID_COLOUR = 0.8
@@ -49,6 +57,8 @@ _SAID_BACKGROUND = 0.92
 _SAID_SIZE = 0.4
 _SAID_POSITION = 0.35
 _SAID_FACING = 0.3
+_SAID_PATTERN = 0.9
+_PATTERN_FIRST = 0.6
 
 
 def caption(scene: Scene, rng: random.Random) -> str:
@@ -69,7 +79,8 @@ def full_prompt(scene: Scene) -> str:
     """The standard form of a scene: style, objects, their colours (one that is "" stays unsaid), extras, background."""
     phrases = []
     for thing in scene.things:
-        phrase = _with_article(f"{thing.colour} {thing.object}".strip())
+        words = (_pattern_words(thing)[0], thing.colour, thing.object)
+        phrase = _with_article(" ".join(word for word in words if word))
         phrases.append(f"{phrase} {_EXTRAS[thing.extra][0]}".strip())
     background = _BACKGROUNDS[scene.background][0].format(scene.plain_colour)
     return f"{_STYLES[scene.style][0]} {' and '.join(phrases)} {background}"
@@ -80,14 +91,32 @@ def _thing_phrase(thing: Thing, rng: random.Random, *, brief: bool, said_positio
     words = []
     if not brief and rng.random() < _SAID_SIZE:
         words.append(rng.choice(_SIZES[thing.size]))
+    before, after = _pattern_words(thing)
+    says_pattern = before and rng.random() < _SAID_PATTERN
+    says_first = says_pattern and rng.random() < _PATTERN_FIRST
+    if says_first:
+        words.append(before)
     if rng.random() < _SAID_COLOUR:
         words.append(thing.colour)
-    parts = [_with_article(" ".join((*words, thing.object))), rng.choice(_EXTRAS[thing.extra])]
+    parts = [_with_article(" ".join((*words, thing.object)))]
+    if says_pattern and not says_first:
+        parts.append(after)
+    parts.append(rng.choice(_EXTRAS[thing.extra]))
     if not brief and thing.object in FACING_NOUNS and rng.random() < _SAID_FACING:
         parts.append(rng.choice(_FACINGS[thing.facing]))
     if said_position:
         parts.append(_POSITIONS[thing.position][0] if brief else rng.choice(_POSITIONS[thing.position]))
     return " ".join(part for part in parts if part)
+
+
+def _pattern_words(thing: Thing) -> tuple[str, str]:
+    before, after = _PATTERNS[thing.pattern] if thing.pattern else ("", "")
+    return before.format(thing.pattern_colour), after.format(thing.pattern_colour)
+
+
+def phrase_starts(text: str) -> list[int]:
+    """Where in a caption a phrase starts that needs nothing of what stands before: another thing, the background."""
+    return sorted(found.start() for found in _NEW_PHRASE.finditer(text))
 
 
 def _with_article(phrase: str) -> str:
@@ -101,5 +130,12 @@ def _vocabulary() -> tuple[str, ...]:
     return tuple(sorted(set(re.findall(r"[a-z]+", " ".join(phrases)))))
 
 
+def _new_phrase() -> re.Pattern[str]:
+    backgrounds = sorted({phrase for choices in _BACKGROUNDS.values() for phrase in choices}, key=len, reverse=True)
+    choices = ("and", *(re.escape(phrase).replace(r"\{\}", r"\w+") for phrase in backgrounds))
+    return re.compile(rf"\b(?:{'|'.join(choices)})\b")
+
+
+_NEW_PHRASE = _new_phrase()
 VOCABULARY_WORDS: tuple[str, ...] = _vocabulary()
 assert set(_BACKGROUNDS) == set(BACKGROUNDS)

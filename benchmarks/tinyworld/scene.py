@@ -3,6 +3,7 @@
 import random
 from dataclasses import dataclass, replace
 
+import numpy as np
 from PIL import Image, ImageDraw
 
 from benchmarks.tinyworld.backgrounds import BACKGROUNDS, CANVAS, draw_background
@@ -24,6 +25,7 @@ _BALL_PX = 44
 _SKETCH_WASH = 0.62
 _COARSE = 8
 _PATTERNED = 0.4
+_NOWHERE = (255, 0, 255)  # a colour that no drawing uses
 
 
 @dataclass(frozen=True, slots=True)
@@ -107,6 +109,17 @@ def draw(scene: Scene, size: int = 128) -> Image.Image:
     if size * 2 == CANVAS:
         return image.reduce(2)
     return image.resize((size, size), Image.Resampling.LANCZOS)
+
+
+def silhouettes(scene: Scene, side: int) -> np.ndarray:
+    """How much of each cell of a grid each thing covers, with its shadow; (things, side, side) uint8."""
+    cells = []
+    for thing in scene.things:
+        image = Image.new("RGB", (CANVAS, CANVAS), _NOWHERE)
+        _draw_thing(image, thing, scene)
+        drawn = (np.asarray(image) != _NOWHERE).any(axis=2)
+        cells.append(drawn.reshape(side, CANVAS // side, side, CANVAS // side).mean(axis=(1, 3)) * 255)
+    return np.stack(cells).round().astype(np.uint8)
 
 
 def _draw_thing(image: Image.Image, thing: Thing, scene: Scene) -> None:

@@ -6,7 +6,7 @@ import numpy as np
 import pytest
 import torch
 
-from benchmarks.tinyworld.data import pictures_at, to_images
+from benchmarks.tinyworld.data import pictures_at, scene_at, to_images
 from benchmarks.tinyworld.train_unet import LatentStore, training_attention
 from benchmarks.tinyworld.train_vae import VAE_CONFIG
 from benchmarks.tinyworld.training import EMA, Optimizer, Run
@@ -72,9 +72,14 @@ def test_the_store_grows_and_is_found_again(tmp_path: Path) -> None:
     assert len(again) == 2
     again.grow(vae, 3)
     assert len(again) == len(LatentStore(path)) == 5
-    assert torch.equal(again.take([1, 4])[0], store.take([1])[0])
-    expected = vae.encode(pictures_at(range(4, 5)))
-    torch.testing.assert_close(again.take([4]), expected, rtol=0.1, atol=0.1)  # encoded in bfloat16
+    assert torch.equal(again.take([1, 4])[0][0], store.take([1])[0][0])
+    latents, covered = again.take([4])
+    expected = vae.encode(pictures_at(range(4, 5), patterned=True))
+    torch.testing.assert_close(latents, expected, rtol=0.1, atol=0.1)  # encoded in bfloat16
+    assert covered.shape == (1, 2, 16, 16)
+    assert 0.05 < covered[0, 0].mean() < 0.6
+    assert covered.max() == 1
+    assert not covered[0, len(scene_at(4).things) :].any()
 
 
 def test_one_step_is_muon_for_filters_and_adamw_for_the_rest() -> None:
