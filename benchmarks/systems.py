@@ -1,7 +1,8 @@
-"""The systems that benchmarks compare: a guided UNet step, Infusion's steps, a VAE decode and a whole picture each.
+"""The systems that benchmarks compare: a guided UNet step, Infusion's and DCI's, a VAE decode and a whole picture each.
 
 The peer draws Infusion as the paper describes it: four rows, an explicit map, and an attention processor that hands it
-from the foundation's rows to the customised ones.
+from the foundation's rows to the customised ones; and DCI with three rows and a processor that writes both branches'
+maps and masks out.
 """
 
 from __future__ import annotations
@@ -18,13 +19,14 @@ from torch import Tensor
 
 import engine
 from engine.conditioning import Conditioning
+from engine.dci import PRESETS
 from engine.request import Request, make_request
 from engine.rows import make_plans
 
 STEPS, GUIDANCE = 20, 7.5
 CONCEPT_SETS = 8
 _PROMPT = "a photo of a red cat on a beach"
-_NOUN = "cat"
+_NOUN, _AUXILIARY = "cat", "dog"
 _TIMESTEP = 481
 
 
@@ -62,23 +64,23 @@ def twinstream(folder: Path, dtype: torch.dtype) -> System:
         ("infusion_shared", sets[:1], "shared"),
         (f"infusion_parallel_{CONCEPT_SETS}", sets, "parallel"),
     ):
-        cases[name] = _infusion_step(sd, concepts, foundation, latents)
+        customizations = [engine.Infusion([concept], foundation=foundation) for concept in concepts]
+        cases[name] = _planned_step(sd, customizations, latents)
+    cases["dci_mixing_step"] = _planned_step(sd, [engine.DCI(_NOUN, _AUXILIARY, fraction=1.0)], latents)
     return System("twinstream", cases)
 
 
-def _infusion_step(
-    sd: engine.Engine, concepts: list[engine.Concept], foundation: str, latents: Tensor
-) -> Callable[[], Tensor]:
-    """The guided predictions of every concept's picture, one after the other."""
-    customizations = [engine.Infusion([concept], foundation=foundation) for concept in concepts]
-    n_sets = len(concepts)
-    request = default_request(sd, _PROMPT, customization=customizations, images_per_prompt=n_sets, seed=[0] * n_sets)
+def _planned_step(sd: engine.Engine, customizations: list[Any], latents: Tensor) -> Callable[[], Tensor]:
+    """The guided predictions of every customisation's picture, one after the other."""
+    n = len(customizations)
+    request = default_request(sd, _PROMPT, customization=customizations, images_per_prompt=n, seed=[0] * n)
     with torch.no_grad():
-        (plan,) = make_plans(request, 1, sd.text_encoder, sd._project, len(sd.unet.cross_attentions), sd.device)
+        (plan,) = make_plans(request, 1, sd.text_encoder, sd._encode, sd._project, sd.device)
         shifts = sd.unet.time_shifts(torch.tensor([_TIMESTEP]))
-        text = tuple((keys[plan.texts], values[plan.texts]) for keys, values in sd.unet.text_kv(plan.context))
+        text = tuple((keys[plan.texts], values[plan.texts]) for keys, values in plan.text_kv)
     rows = latents.to(sd.dtype).expand(len(plan.trajectories), -1, -1, -1).contiguous()
-    condition = Conditioning(tuple(shift.expand(len(rows), -1) for shift in shifts), text, plan.following)
+    shifts = tuple(shift.expand(len(rows), -1) for shift in shifts)
+    condition = Conditioning(shifts, text, plan.following, plan.mixing)
 
     def step() -> Tensor:
         noise_pred = sd.unet.denoise(rows, condition).float()
@@ -137,7 +139,48 @@ def diffusers_eager(folder: Path, dtype: torch.dtype) -> System:
     infusion = _MapReplacing(pipeline, torch.cat([rows, rows]), torch.cat([context, context]))
     cases["infusion_parallel_1"] = cases["infusion_shared"] = lambda: infusion.step(0)
     cases[f"infusion_parallel_{CONCEPT_SETS}"] = lambda: torch.cat([infusion.step(i) for i in range(CONCEPT_SETS)])
+    cases["dci_mixing_step"] = _TwoBranches(pipeline, rows[:1], context)
     return System("diffusers_eager", cases)
+
+
+class _TwoBranches:
+    """A diffusers UNet whose second row of three is mixed with the third in every cross-attention layer."""
+
+    def __init__(self, pipeline: Any, latents: Tensor, context: Tensor) -> None:
+        self.pipeline, self.rows = pipeline, latents.expand(3, -1, -1, -1).contiguous()
+        auxiliary = _PROMPT.replace(_NOUN, _AUXILIARY)
+        text = pipeline.encode_prompt(auxiliary, "cpu", 1, False)[0]
+        self.context = torch.cat([context, text])
+        ids = [pipeline.tokenizer(prompt).input_ids for prompt in (_PROMPT, auxiliary)]
+        nouns = [pipeline.tokenizer(noun).input_ids[1] for noun in (_NOUN, _AUXILIARY)]
+        own = [torch.tensor(prompt[1:-1]) == noun for prompt, noun in zip(ids, nouns, strict=True)]
+        self.chosen = (own[0], ~own[1])
+        self.plain = pipeline.unet.attn_processors
+        self.processors = {
+            name: self._mixed if "attn2" in name else processor for name, processor in self.plain.items()
+        }
+
+    def __call__(self) -> Tensor:
+        self.pipeline.unet.set_attn_processor(dict(self.processors))
+        noise_pred = self.pipeline.unet(self.rows, _TIMESTEP, self.context).sample
+        self.pipeline.unet.set_attn_processor(dict(self.plain))
+        return _guide(noise_pred[:2])
+
+    def _mixed(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
+        def heads(x: Tensor) -> Tensor:
+            return x.unflatten(-1, (attn.heads, -1)).transpose(1, 2)
+
+        queries, keys = heads(attn.to_q(hidden_states)), heads(attn.to_k(encoder_hidden_states))
+        weights = (queries @ keys.transpose(-1, -2) * queries.shape[-1] ** -0.5).softmax(dim=-1)
+        out = weights @ heads(attn.to_v(encoder_hidden_states))
+        token_scale, space_scale, gain = PRESETS["calibrated"]
+        gates = []
+        for row, chosen in ((1, self.chosen[0]), (2, self.chosen[1])):
+            own = (token_scale * weights[row, ..., 1 : 1 + len(chosen)].float()).softmax(dim=-1)
+            gates.append(gain * (space_scale * own[..., chosen].sum(dim=-1)).softmax(dim=-1))
+        share = torch.stack(gates).softmax(dim=0)[..., None].to(out.dtype)
+        mixed = share[0] * out[1] + share[1] * out[2]
+        return attn.to_out[0](torch.stack([out[0], mixed, out[2]]).transpose(1, 2).flatten(2))
 
 
 class _MapReplacing:

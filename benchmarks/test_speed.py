@@ -20,10 +20,11 @@ from benchmarks.systems import CONCEPT_SETS, System, diffusers_eager, full_size_
 from engine.checkpoint import EMBEDDED_MODEL
 
 _CASES = ("guided_step", "vae_decode", "generate_20")
-_INFUSION_ROWS = {
+_METHOD_ROWS = {
     "infusion_parallel_1": 4,
     "infusion_shared": 3,
     f"infusion_parallel_{CONCEPT_SETS}": 2 + 2 * CONCEPT_SETS,
+    "dci_mixing_step": 3,
 }
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 # The relative difference from diffusers in float32 that still counts as the same result; a bfloat16 result may also
@@ -80,13 +81,13 @@ def test_tinyworld(benchmark: Any, case: str, dtype: str) -> None:
 
 
 @pytest.mark.parametrize("dtype", _DTYPES)
-@pytest.mark.parametrize("case", _INFUSION_ROWS)
-def test_tinyworld_infusion(benchmark: Any, case: str, dtype: str) -> None:
-    _compare(benchmark, "tinyworld", case, dtype, rounds=30, rows=_INFUSION_ROWS[case])
+@pytest.mark.parametrize("case", _METHOD_ROWS)
+def test_tinyworld_methods(benchmark: Any, case: str, dtype: str) -> None:
+    _compare(benchmark, "tinyworld", case, dtype, rounds=30, rows=_METHOD_ROWS[case])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", _DTYPES)
-@pytest.mark.parametrize("case", _CASES[:2])
+@pytest.mark.parametrize("case", [*_CASES[:2], "dci_mixing_step"])
 def test_full_size(benchmark: Any, case: str, dtype: str) -> None:
-    _compare(benchmark, "full_size", case, dtype, rounds=5)
+    _compare(benchmark, "full_size", case, dtype, rounds=5, rows=_METHOD_ROWS.get(case, 2))

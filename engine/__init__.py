@@ -13,10 +13,13 @@ if TYPE_CHECKING:
     from .dci import DCI
     from .engine import Engine, UnknownArgumentError
     from .errors import CheckpointError, ConceptFileError, NonFiniteError
+    from .ico import ICO
+    from .imports import import_custom_diffusion, import_textual_inversion
     from .infusion import Infusion
     from .loading import generate, load
     from .result import Result
     from .samplers import SAMPLERS
+    from .train.ico import train_ico
     from .train.infusion import train_infusion
 
 _HOMES = {
@@ -26,16 +29,21 @@ _HOMES = {
     "ConceptFileError": "errors",
     "DCI": "dci",
     "Engine": "engine",
+    "ICO": "ico",
     "Infusion": "infusion",
     "NonFiniteError": "errors",
     "Result": "result",
     "UnknownArgumentError": "engine",
     "generate": "loading",
+    "import_custom_diffusion": "imports",
+    "import_textual_inversion": "imports",
     "load": "loading",
+    "train_ico": "train.ico",
     "train_infusion": "train.infusion",
 }
 __all__ = [
     "DCI",
+    "ICO",
     "SAMPLERS",
     "CheckpointError",
     "Concept",
@@ -47,7 +55,10 @@ __all__ = [
     "UnknownArgumentError",
     "__version__",
     "generate",
+    "import_custom_diffusion",
+    "import_textual_inversion",
     "load",
+    "train_ico",
     "train_infusion",
 ]
 

@@ -1,4 +1,4 @@
-"""The command line: ``twinstream generate | train infusion | info``."""
+"""The command line: ``twinstream generate | train infusion | train ico | info``."""
 
 from __future__ import annotations
 
@@ -9,9 +9,9 @@ import sys
 from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
-from .checks import check_choice
+from .checks import check_choice, check_integer
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -62,7 +62,9 @@ def _parser() -> argparse.ArgumentParser:
         "--foundation", default="parallel", help="with concepts: parallel (also draws the base picture) or shared"
     )
     generate.add_argument(
-        "--dci", metavar="NOUN", help="draw with two branches: the prompt, and another noun in its place"
+        "--dci",
+        metavar="NAME",
+        help="draw with two branches: the prompt, and another noun in place of this name",
     )
     generate.add_argument("--auxiliary-noun", metavar="NOUN", help="for --dci (default: another of its category)")
     generate.add_argument(
@@ -85,25 +87,43 @@ def _parser() -> argparse.ArgumentParser:
 
 def _add_train(parser: argparse.ArgumentParser, model: argparse.ArgumentParser) -> None:
     methods = parser.add_subparsers(required=True, metavar="method")
-    infusion = methods.add_parser("infusion", parents=[model], help="residuals under the foundation's attention maps")
-    infusion.add_argument("images", type=Path, help="folder with the pictures (jpg, png, webp)")
-    infusion.add_argument("--noun", required=True, help="class noun, as prompts will spell it")
-    infusion.add_argument("--out", type=Path, required=True, metavar="FILE", help="concept file to write")
-    infusion.add_argument("--file-dtype", default="float16", help="float16 or int8 (half the size)")
+    shared = argparse.ArgumentParser(add_help=False)
+    shared.add_argument("images", type=Path, help="folder with the pictures (jpg, png, webp)")
+    shared.add_argument("--noun", required=True, help="class noun, as prompts will spell it")
+    shared.add_argument("--out", type=Path, required=True, metavar="FILE", help="concept file to write")
+    shared.add_argument("--accumulation-steps", type=int, default=1)
+    shared.add_argument("--masks", type=Path, help="folder with a greyscale mask per picture, by the same stem")
+    shared.add_argument("--size", type=int, help="training resolution in pixels (default: the model's)")
+    shared.add_argument("--seed", type=int, default=0)
+    shared.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
+    shared.add_argument("--folder", type=Path, help="for checkpoint, log and samples; a stopped run goes on from it")
+    shared.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
+    shared.add_argument("--sample-every", type=int, default=100, metavar="STEPS", help="0 for no samples")
+    shared.add_argument("--quiet", action="store_true", help="no progress bar")
+
+    title = "residuals under the foundation's attention maps"
+    infusion = methods.add_parser("infusion", parents=[model, shared], help=title)
     infusion.add_argument("--steps", type=int, default=500)
     infusion.add_argument("--learning-rate", type=float, default=0.01)
     infusion.add_argument("--batch-size", type=int, default=4)
-    infusion.add_argument("--accumulation-steps", type=int, default=1)
     infusion.add_argument("--space", default="text", help="text or value")
-    infusion.add_argument("--masks", type=Path, help="folder with a greyscale mask per picture, by the same stem")
-    infusion.add_argument("--size", type=int, help="training resolution in pixels (default: the model's)")
-    infusion.add_argument("--seed", type=int, default=0)
-    infusion.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
-    infusion.add_argument("--folder", type=Path, help="for checkpoint, log and samples; a stopped run goes on from it")
-    infusion.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
-    infusion.add_argument("--sample-every", type=int, default=100, metavar="STEPS", help="0 for no samples")
-    infusion.add_argument("--quiet", action="store_true", help="no progress bar")
+    infusion.add_argument("--file-dtype", default="float16", help="float16 or int8 (half the size)")
     infusion.set_defaults(run=_train_infusion)
+
+    title = "tokens, keys and values, with a context per picture"
+    ico = methods.add_parser("ico", parents=[model, shared], help=title)
+    ico.add_argument("--steps", type=int, default=900)
+    ico.add_argument("--learning-rate", type=float, default=6e-5, help="of tokens, keys and values")
+    ico.add_argument("--context-learning-rate", type=float, default=6e-4)
+    ico.add_argument("--batch-size", type=int, default=6)
+    ico.add_argument("--scheme", default="dci", help="how many tokens: ico or dci")
+    ico.add_argument("--tokens-only", action="store_true", help="leave keys and values as they are")
+    ico.add_argument("--initial-tokens", metavar="WORDS", help="what the tokens start from (default: rare tokens)")
+    ico.add_argument("--placeholder", default="V*", help="what prompts will write for the tokens")
+    ico.add_argument("--prior-images", type=int, default=0, help="class pictures to draw and train on beside")
+    ico.add_argument("--prior-weight", type=float, default=1.0)
+    ico.add_argument("--rank", type=int, help="write the changes as factors of this rank (default: whole)")
+    ico.set_defaults(run=_train_ico)
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -133,31 +153,44 @@ def _load(arguments: argparse.Namespace) -> Engine:
     )
 
 
+_SHARED = (
+    "steps",
+    "learning_rate",
+    "batch_size",
+    "accumulation_steps",
+    "masks",
+    "size",
+    "seed",
+    "gradient_checkpointing",
+    "folder",
+    "checkpoint_every",
+    "sample_every",
+)
+
+
 def _train_infusion(arguments: argparse.Namespace) -> int:
+    check_choice("file-dtype", arguments.file_dtype, ("float16", "int8"))  # before the training, not after
+    return _train(arguments, "train_infusion", {"space": arguments.space}, {"dtype": arguments.file_dtype})
+
+
+def _train_ico(arguments: argparse.Namespace) -> int:
+    if arguments.rank is not None:
+        check_integer("rank", arguments.rank, 1)
+        if arguments.tokens_only:
+            raise ValueError(f"rank belongs to keys and values, which tokens-only leaves alone, got {arguments.rank}")
+    names = ("context_learning_rate", "scheme", "initial_tokens", "placeholder", "prior_images", "prior_weight")
+    own = {name: getattr(arguments, name) for name in names} | {"train_kv": not arguments.tokens_only}
+    return _train(arguments, "train_ico", own, {"rank": arguments.rank})
+
+
+def _train(arguments: argparse.Namespace, method: str, own: dict[str, Any], file: dict[str, Any]) -> int:
     import engine
 
-    check_choice("file-dtype", arguments.file_dtype, ("float16", "int8"))  # before the training, not after
     if not arguments.out.parent.is_dir():
         raise ValueError(f"out must be a file in an existing folder, got {str(arguments.out)!r}")
-    concept = engine.train_infusion(
-        _load(arguments),
-        arguments.images,
-        arguments.noun,
-        steps=arguments.steps,
-        learning_rate=arguments.learning_rate,
-        batch_size=arguments.batch_size,
-        accumulation_steps=arguments.accumulation_steps,
-        space=arguments.space,
-        masks=arguments.masks,
-        size=arguments.size,
-        seed=arguments.seed,
-        gradient_checkpointing=arguments.gradient_checkpointing,
-        folder=arguments.folder,
-        checkpoint_every=arguments.checkpoint_every,
-        sample_every=arguments.sample_every,
-        progress=not arguments.quiet,
-    )
-    concept.save(arguments.out, arguments.file_dtype)
+    shared = {name: getattr(arguments, name) for name in _SHARED} | {"progress": not arguments.quiet}
+    concept = getattr(engine, method)(_load(arguments), arguments.images, arguments.noun, **shared, **own)
+    concept.save(arguments.out, **file)
     print(f"{arguments.out}  {arguments.out.stat().st_size} bytes")
     return 0
 
@@ -165,22 +198,7 @@ def _train_infusion(arguments: argparse.Namespace) -> int:
 def _generate(arguments: argparse.Namespace) -> int:
     from PIL import Image
 
-    import engine
-
-    concepts = [engine.Concept.load(path) for path in arguments.concept or ()]
-    if not concepts and arguments.foundation != "parallel":
-        raise ValueError(f"foundation belongs to concepts: give --concept too, got {arguments.foundation!r}")
-    if concepts and arguments.dci is not None:
-        raise ValueError("give --concept or --dci, not both: a picture has one customisation")
-    two_branches = {"auxiliary_noun": None, "dci_strength": 1.0, "dci_fraction": 0.15}
-    for name, default in two_branches.items():
-        if arguments.dci is None and getattr(arguments, name) != default:
-            option = name.replace("_", "-")
-            raise ValueError(f"{option} belongs to two branches: give --dci too, got {getattr(arguments, name)!r}")
-    customization = engine.Infusion(concepts, foundation=arguments.foundation) if concepts else None
-    if arguments.dci is not None:
-        settings = {"strength": arguments.dci_strength, "fraction": arguments.dci_fraction}
-        customization = engine.DCI(arguments.dci, arguments.auxiliary_noun, **settings)
+    customization = _customization(arguments)
     image = None if arguments.image is None else Image.open(arguments.image)
     width, height = arguments.size or (None, None)
     out = _load(arguments).generate(
@@ -206,6 +224,39 @@ def _generate(arguments: argparse.Namespace) -> int:
         print(_save_grid(out, arguments.out / "grid.png"))
     print("  ".join(f"{stage} {seconds:.2f} s" for stage, seconds in out.timings.items()))
     return 0
+
+
+def _customization(arguments: argparse.Namespace) -> Any:
+    import engine
+
+    concepts = [engine.Concept.load(path) for path in arguments.concept or ()]
+    methods = sorted({concept.method for concept in concepts})
+    if len(methods) > 1:
+        raise ValueError(f"concept must be files of one method, got {' and '.join(methods)}")
+    if methods != ["infusion"] and arguments.foundation != "parallel":
+        raise ValueError(f"foundation belongs to Infusion concepts: give --concept too, got {arguments.foundation!r}")
+    if methods == ["infusion"] and arguments.dci is not None:
+        raise ValueError(f"dci needs a noun alone or ICO concepts, got Infusion's {concepts[0].name!r}")
+    two_branches = {"auxiliary_noun": None, "dci_strength": 1.0, "dci_fraction": 0.15}
+    for name, default in two_branches.items():
+        if arguments.dci is None and getattr(arguments, name) != default:
+            option = name.replace("_", "-")
+            raise ValueError(f"{option} belongs to two branches: give --dci too, got {getattr(arguments, name)!r}")
+    if methods == ["infusion"]:
+        return engine.Infusion(concepts, foundation=arguments.foundation)
+    if arguments.dci is None:
+        return engine.ICO(concepts) if concepts else None
+    named = [concept for concept in concepts if concept.placeholder == arguments.dci]
+    if concepts and len(named) != 1:
+        placeholders = ", ".join(concept.placeholder for concept in concepts)
+        raise ValueError(f"dci must be the placeholder of one of the concepts ({placeholders}), got {arguments.dci!r}")
+    others = [concept for concept in concepts if concept not in named]
+    return engine.DCI(
+        [*named, *others] or arguments.dci,
+        arguments.auxiliary_noun,
+        strength=arguments.dci_strength,
+        fraction=arguments.dci_fraction,
+    )
 
 
 def _save_grid(out: Result, path: Path) -> Path:

@@ -7,7 +7,9 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .checks import check_choice, check_flag, check_number
-from .text import TextEncoder, Tokens, find_noun, word_pattern
+from .concept import Concept
+from .ico import check_tuned
+from .text import Text, TextEncoder, Tokens, find_phrase, word_pattern
 
 PRESETS: dict[str, tuple[float, float, float]] = {  # tau_t, tau_s, gain
     "calibrated": (10.0, 10.0, 500.0),
@@ -25,7 +27,9 @@ class DCI:
     """Draw with two branches in the first steps: the prompt, and the prompt with another noun in the concept's place.
 
     Attributes:
-        concept_or_noun: the concept's class noun, as the prompt spells it; drawn with the model's own weights.
+        concept_or_noun: a class noun, as the prompt spells it, drawn with the model's own weights; an ICO concept,
+            whose placeholder (and, behind it, its noun) the prompt has; or several, of which the first has the two
+            branches and all lend their tokens, keys and values to both.
         auxiliary_noun: what takes its place; chosen by category where not given, and told in ``Result.settings``.
         strength: lambda, usually -2 to 2: how much the auxiliary branch takes over. One for all images, or one each.
         fraction: share of the steps that mix, from the first; 0 is off.
@@ -40,7 +44,7 @@ class DCI:
         last_layer_only: mix in the last cross-attention layer alone (ablation).
     """
 
-    concept_or_noun: str
+    concept_or_noun: str | Concept | list[Concept] | tuple[Concept, ...]
     auxiliary_noun: str | None = None
     strength: float | list[float] | tuple[float, ...] = 1.0
     fraction: float = 0.15
@@ -56,9 +60,16 @@ class DCI:
     last_layer_only: bool = False
 
     def __post_init__(self) -> None:
-        if not isinstance(self.concept_or_noun, str) or not self.concept_or_noun.strip():
-            raise ValueError(f"concept_or_noun must be a word or words, got {self.concept_or_noun!r}")
-        if self.auxiliary_noun is not None and not isinstance(self.auxiliary_noun, str):
+        if isinstance(self.concept_or_noun, str):
+            if not self.concept_or_noun.strip():
+                raise ValueError(f"concept_or_noun must be a word or words, got {self.concept_or_noun!r}")
+        else:
+            check_tuned("concept_or_noun", self.concepts)
+        if self.auxiliary_noun is None and not self.noun:
+            raise ValueError(f"auxiliary_noun must be given for {self.concepts[0].name!r}, which has no noun; got None")
+        if self.auxiliary_noun is not None and not (
+            isinstance(self.auxiliary_noun, str) and self.auxiliary_noun.strip()
+        ):
             raise ValueError(f"auxiliary_noun must be a word or words, got {self.auxiliary_noun!r}")
         if self.auxiliary.lower() == self.noun.lower():
             raise ValueError(f"auxiliary_noun must differ from the concept's noun, got {self.auxiliary!r} for both")
@@ -78,9 +89,32 @@ class DCI:
             check_flag(name, getattr(self, name))
 
     @property
+    def concepts(self) -> tuple[Concept, ...]:
+        """The concepts whose tokens, keys and values both branches have."""
+        given = self.concept_or_noun
+        if isinstance(given, str):
+            return ()
+        return tuple(given) if isinstance(given, list | tuple) else (given,)
+
+    @property
     def noun(self) -> str:
         """The concept's class noun."""
-        return self.concept_or_noun
+        return self.concept_or_noun if isinstance(self.concept_or_noun, str) else self.concepts[0].noun
+
+    @property
+    def phrase(self) -> str:
+        """How a prompt names the concept in full."""
+        if not self.concepts or self.concepts[0].tokens is None:
+            return self.noun
+        return f"{self.concepts[0].placeholder} {self.noun}".strip()
+
+    @property
+    def pattern(self) -> str:
+        """A regular expression for the concept's name in a prompt: its placeholder, and its noun behind that."""
+        if not self.concepts or self.concepts[0].tokens is None:
+            return word_pattern(self.noun)
+        noun = rf"(?:\s+{word_pattern(self.noun)})?" if self.noun else ""
+        return word_pattern(self.concepts[0].placeholder) + noun
 
     @property
     def auxiliary(self) -> str:
@@ -125,6 +159,7 @@ class DCI:
         return {
             "method": "dci",
             "noun": self.noun,
+            "concepts": [concept.name for concept in self.concepts],
             "auxiliary_noun": self.auxiliary,
             "strength": self.strength,
             "token_scale": token_scale,
@@ -136,15 +171,15 @@ class DCI:
 
 @dataclass(frozen=True, slots=True)
 class Branches:
-    """The two prompts of one image, and what of them makes up the masks.
+    """The two texts of one image, and what of them makes up the masks.
 
     Attributes:
-        prompts: of the concept and the auxiliary branch.
+        texts: of the concept and the auxiliary branch.
         chosen: per branch, positions of the tokens whose attention is its mask; the begin token is at 0.
         lengths: per branch, how many tokens the prompt has.
     """
 
-    prompts: tuple[str, str]
+    texts: tuple[Text, Text]
     chosen: tuple[list[int], list[int]]
     lengths: tuple[int, int]
 
@@ -153,22 +188,23 @@ def make_branches(prompt: str, dci: DCI, text_encoder: TextEncoder) -> Branches:
     """Write the auxiliary prompt and choose the tokens of both masks.
 
     Raises:
-        ValueError: the concept's noun is absent from the prompt, there more than once, or cut off.
+        ValueError: the concept is absent from the prompt, there more than once, or cut off.
     """
-    find_noun(text_encoder.tokenize(prompt), dci.noun)  # checks the whole prompt, whichever branch sees it
-    auxiliary_prompt = replace_noun(prompt, dci.noun, dci.auxiliary)
-    concept_prompt = _with_article("a photo of a", dci.noun) if dci.separate_prompts else prompt
-    concept, auxiliary = (text_encoder.tokenize(text) for text in (concept_prompt, auxiliary_prompt))
-    noun = find_noun(concept, dci.noun)
-    stand_in = _stand_in(auxiliary, prompt, dci, text_encoder)
+    whole = text_encoder.tokenize(prompt, dci.concepts)
+    found = find_phrase(whole, dci.pattern, dci.phrase)  # checks the whole prompt, whichever branch sees it
+    _check_noun_follows(whole, dci, found)
+    concept_prompt = _with_article("a photo of a", dci.phrase) if dci.separate_prompts else prompt
+    texts = (Text(concept_prompt, dci.concepts), Text(replace_phrase(prompt, dci), dci.concepts))
+    concept, auxiliary = (text_encoder.tokenize(text.prompt, text.concepts) for text in texts)
+    noun = find_phrase(concept, dci.pattern, dci.phrase)
+    stand_in = _stand_in(auxiliary, whole, dci)
     others = [at for at in range(1, len(auxiliary.spans) + 1) if at not in stand_in]
-    lengths = (len(concept.spans), len(auxiliary.spans))
-    return Branches((concept_prompt, auxiliary_prompt), (noun, others), lengths)
+    return Branches(texts, (noun, others), (len(concept.spans), len(auxiliary.spans)))
 
 
-def replace_noun(prompt: str, noun: str, stand_in: str) -> str:
-    """The prompt with another noun, and the article that goes with it."""
-    pattern = re.compile(rf"(?:(?<!\w)(an?)(\s+))?{word_pattern(noun)}", re.IGNORECASE)
+def replace_phrase(prompt: str, dci: DCI) -> str:
+    """The prompt with the auxiliary noun in the concept's place, and the article that goes with it."""
+    stand_in = dci.auxiliary
 
     def swap(match: re.Match[str]) -> str:
         article, space = match.group(1), match.group(2)
@@ -177,19 +213,28 @@ def replace_noun(prompt: str, noun: str, stand_in: str) -> str:
         fitting = "an" if stand_in[0].lower() in "aeiou" else "a"
         return (fitting.capitalize() if article[0].isupper() else fitting) + space + stand_in
 
-    return pattern.sub(swap, prompt)
+    return re.sub(rf"(?:(?<!\w)(an?)(\s+))?{dci.pattern}", swap, prompt, flags=re.IGNORECASE)
 
 
 def _with_article(text: str, noun: str) -> str:
     return f"{text}n {noun}" if noun[0].lower() in "aeiou" else f"{text} {noun}"
 
 
-def _stand_in(auxiliary: Tokens, prompt: str, dci: DCI, text_encoder: TextEncoder) -> set[int]:
+def _check_noun_follows(whole: Tokens, dci: DCI, found: list[int]) -> None:
+    """A noun that does not follow its placeholder would stay in the auxiliary prompt."""
+    if dci.phrase == dci.noun or not dci.noun:
+        return
+    rest = "".join(c for i, c in enumerate(whole.text) if not any(a <= i < b for a, b in _spans(whole, found)))
+    if re.search(word_pattern(dci.noun), rest, re.IGNORECASE):
+        raise ValueError(f"the prompt must have {dci.noun!r} right behind the placeholder, got {whole.text!r}")
+
+
+def _spans(text: Tokens, positions: list[int]) -> list[tuple[int, int]]:
+    return [text.spans[at - 1] for at in positions]
+
+
+def _stand_in(auxiliary: Tokens, whole: Tokens, dci: DCI) -> set[int]:
     """Positions of the auxiliary noun where it took the concept's place, should the prompt have it elsewhere too."""
-    before = re.findall(
-        f"{word_pattern(dci.auxiliary)}|{word_pattern(dci.noun)}",
-        text_encoder.tokenize(prompt).text,
-        re.IGNORECASE,
-    )
-    occurrence = [word.lower() for word in before].index(dci.noun.lower())
-    return set(find_noun(auxiliary, dci.auxiliary, occurrence))
+    words = re.finditer(f"({word_pattern(dci.auxiliary)})|{dci.pattern}", whole.text, re.IGNORECASE)
+    occurrence = [word.group(1) is None for word in words].index(True)
+    return set(find_phrase(auxiliary, word_pattern(dci.auxiliary), dci.auxiliary, occurrence))

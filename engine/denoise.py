@@ -53,7 +53,7 @@ def denoise(
     for i, plan in enumerate(plan_of_step):
         if i == 0 or plan is not plan_of_step[i - 1]:
             x, history = x[plan.inherits], history[:, plan.inherits]
-            text = tuple((keys[plan.texts], values[plan.texts]) for keys, values in unet.text_kv(plan.context))
+            text = tuple((keys[plan.texts], values[plan.texts]) for keys, values in plan.text_kv)
             observe = None if recorder is None else recorder.watching(plan.watched)
             observe_masks = None if mask_recorder is None else mask_recorder.watching(plan.mixed_images)
         rows = (x * table.input_scale[i]).to(dtype)[plan.trajectories]

@@ -23,6 +23,7 @@ from .config import ScheduleConfig
 from .dci import DCI
 from .denoise import denoise
 from .errors import NonFiniteError
+from .ico import Changes, TextKV, encode_texts, fit_changes
 from .infusion import fingerprint, project
 from .masks import MaskRecorder
 from .ops import Ops
@@ -30,7 +31,7 @@ from .request import Callback, Customization, ModelLimits, Picture, Request, mak
 from .result import Result
 from .rows import RowPlan, make_plans
 from .samplers import SamplerTable, make_table
-from .text import TextEncoder
+from .text import Text, TextEncoder
 from .unet import UNet2DConditionModel
 from .vae import AutoencoderKL
 
@@ -64,6 +65,7 @@ class Engine:
         self.schedule, self.backend = schedule, backend
         self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
         self._projected: WeakKeyDictionary[Concept, tuple[Tensor, ...]] = WeakKeyDictionary()
+        self._fitted: WeakKeyDictionary[Concept, Changes] = WeakKeyDictionary()
         self._limits = ModelLimits(
             factor=vae.config.factor,
             sample_size=unet.config.sample_size,
@@ -115,8 +117,8 @@ class Engine:
             image: picture(s) to start from, PIL or (H, W, 3) arrays.
             strength: share of the schedule that redraws ``image``; above 0, at most 1.
             latents: unit-variance start noise (B, 4, h, w), in place of the seeds' own.
-            customization: an ``Infusion`` or ``DCI`` for all images, or a list with one per image; None draws with the
-                model as it is. Images with the same texts, seed and start share one foundation.
+            customization: an ``Infusion``, ``ICO`` or ``DCI`` for all images, or a list with one per image; None draws
+                with the model as it is. Images with the same texts, seed and start share one foundation.
             attention_words: words of every prompt whose attention maps to record, at the cost of copying them to the
                 host at every step; see ``Result.attention``.
             record_masks: record the masks of ``DCI`` images; see ``Result.masks``.
@@ -159,8 +161,7 @@ class Engine:
         table = make_table(request.sampler, self.schedule, request.steps, request.eta, request.begin).to(self.device)
         clock = _StageClock(self.device)
         with clock("text"):
-            n_layers = len(self.unet.cross_attentions)
-            plans = make_plans(request, len(table), self.text_encoder, self._project, n_layers, self.device)
+            plans = make_plans(request, len(table), self.text_encoder, self._encode, self._project, self.device)
         with clock("encode"):
             start, noise = self._start(request, table)
         with clock("denoise"), tqdm(total=len(table), disable=not request.progress, unit="step") as bar:
@@ -185,12 +186,22 @@ class Engine:
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
         """Encode prompts to (B, 77, E), with their token weights applied."""
-        return self.text_encoder.encode([prompts] if isinstance(prompts, str) else prompts)
+        given = [prompts] if isinstance(prompts, str) else prompts
+        return self.text_encoder.encode([self.text_encoder.tokenize(prompt) for prompt in given])
 
     @cached_property
     def fingerprint(self) -> tuple[float, ...]:
         """Tells base models apart; see ``infusion.fingerprint``."""
         return fingerprint(self.unet)
+
+    def _encode(self, texts: Sequence[Text]) -> TextKV:
+        return encode_texts(texts, self.text_encoder, self.unet, self._changes)
+
+    def _changes(self, concept: Concept) -> Changes:
+        """A concept's changes of keys and values on this device, for as long as the concept lives."""
+        if concept not in self._fitted:
+            self._fitted[concept] = fit_changes(concept, self.unet, self.fingerprint)
+        return self._fitted[concept]
 
     def _project(self, concept: Concept) -> tuple[Tensor, ...]:
         """A concept's projected residuals, computed once for as long as the concept lives."""

@@ -53,6 +53,10 @@ class Infusion:
         concepts = self.concepts
         if not isinstance(concepts, list | tuple) or not concepts or not all(isinstance(c, Concept) for c in concepts):
             raise ValueError(f"concepts must be a list of at least one engine.Concept, got {concepts!r}")
+        for concept in concepts:
+            if concept.method != "infusion":
+                rule = "concepts must have residuals; use engine.ICO or engine.DCI for tokens, keys and values"
+                raise ValueError(f"{rule}, got {concept.name!r}")
         check_choice("foundation", self.foundation, ("parallel", "shared"))
         check_choice("unconditional_maps", self.unconditional_maps, ("foundation", "own"))
         check_choice("tokens", self.tokens, ("last", "all"))
@@ -98,8 +102,6 @@ def check_fit(concept: Concept, unet: UNet2DConditionModel) -> None:
     """Raise ``ConceptFileError`` unless the concept has one residual of the right width for every layer."""
     expected = residual_widths(unet, concept.space)
     where = f"concept {concept.name!r}"
-    if concept.base and len(concept.base) != len(expected):
-        raise ConceptFileError(f"{where}: base must have {len(expected)} numbers here, found {len(concept.base)}")
     if missing := [name for name in expected if name not in concept.residuals]:
         raise ConceptFileError(
             f"{where}: this model has {len(expected)} cross-attention layers, the concept {len(concept.residuals)}; "
@@ -130,6 +132,16 @@ def project_residual(attn2: CrossAttention, residual: Tensor, space: str) -> Ten
     return torch.einsum("chd,hd->hc", weight, value.unflatten(0, (attn2.n_heads, -1)))
 
 
+def warn_of_other_base(concept: Concept, base: tuple[float, ...]) -> None:
+    """Warn if a concept was trained on a model of another fingerprint."""
+    if concept.base and len(concept.base) != len(base):
+        found = f"base must have {len(base)} numbers here, found {len(concept.base)}"
+        raise ConceptFileError(f"concept {concept.name!r}: {found}")
+    if concept.base and max(abs(a - b) for a, b in zip(concept.base, base, strict=True)) > _SAME_BASE:
+        message = f"concept {concept.name!r} was trained on another model; it may mean nothing to this one"
+        warnings.warn(message, stacklevel=3)
+
+
 @torch.no_grad()
 def project(concept: Concept, unet: UNet2DConditionModel, base: tuple[float, ...]) -> tuple[Tensor, ...]:
     """Per cross-attention layer, the projected residual (H, C), in the weights' device and dtype.
@@ -139,9 +151,7 @@ def project(concept: Concept, unet: UNet2DConditionModel, base: tuple[float, ...
             fingerprint ``base``, is used with a warning.
     """
     check_fit(concept, unet)
-    if concept.base and max(abs(a - b) for a, b in zip(concept.base, base, strict=True)) > _SAME_BASE:
-        message = f"concept {concept.name!r} was trained on another model; its residuals may mean nothing to this one"
-        warnings.warn(message, stacklevel=2)
+    warn_of_other_base(concept, base)
     like = unet.conv_in.weight
     return tuple(
         project_residual(attn2, concept.residuals[name].to(like.device, torch.float32), concept.space).to(like.dtype)

@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .checks import check_choice, check_flag, check_integer, check_number
 from .dci import DCI
+from .ico import ICO
 from .infusion import Infusion
 from .samplers import SAMPLERS
 
@@ -22,7 +23,7 @@ _DEFAULT_STRENGTH = 0.8
 _MAX_SEED = 2**64 - 1
 
 Picture = Image.Image | np.ndarray
-Customization = Infusion | DCI
+Customization = Infusion | ICO | DCI
 Callback = Callable[[int, int, Tensor], bool | None]
 
 
@@ -172,7 +173,7 @@ def _customizations(customization: Any, n_images: int) -> tuple[Customization | 
         raise ValueError(f"customization must be one, or one per image ({n_images}), got {len(given)}")
     for one in given:
         if one is not None and not isinstance(one, Customization):
-            kinds = "an engine.Infusion, an engine.DCI, None, or a list of these"
+            kinds = "an engine.Infusion, engine.ICO, engine.DCI, None, or a list of these"
             raise ValueError(f"customization must be {kinds}, got {one!r}")
     return tuple(one.for_image(i, n_images) if isinstance(one, DCI) else one for i, one in enumerate(given))
 

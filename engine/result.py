@@ -82,10 +82,12 @@ class Result:
             values["Eta DDIM"] = f"{settings['eta']:g}"
         if settings["customization"] is not None:
             custom = settings["customization"]
-            if custom["method"] == "infusion":
-                values["Infusion"] = "+".join(concept["name"] for concept in custom["concepts"])
+            if custom["method"] == "dci":
+                names = "+".join(custom["concepts"]) or custom["noun"]
+                values["DCI"] = f"{names} with {custom['auxiliary_noun']} {custom['strength']:g}"
             else:
-                values["DCI"] = f"{custom['noun']} with {custom['auxiliary_noun']} {custom['strength']:g}"
+                method = {"infusion": "Infusion", "ico": "ICO"}[custom["method"]]
+                values[method] = "+".join(concept["name"] for concept in custom["concepts"])
         values["Version"] = f"twinstream {__version__}"
         return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items())])
 

@@ -18,10 +18,12 @@ from .attention import Watched
 from .concept import Concept
 from .conditioning import Following, Mixing
 from .dci import DCI, Branches, make_branches
+from .ico import TextKV
 from .infusion import Infusion, token_positions
 from .request import Request
-from .text import TextEncoder, find_noun
+from .text import Text, TextEncoder, find_noun, find_phrase, word_pattern
 
+Encode = Callable[[Sequence[Text]], TextKV]
 Project = Callable[[Concept], tuple[Tensor, ...]]
 Residuals = Mapping[int, Sequence[Concept]]  # the concepts whose residual acts on a token, by its position
 Row = tuple[int, int]  # segment and number within it
@@ -40,7 +42,7 @@ class RowPlan:
             image i's auxiliary branch.
         trajectories: (R,) the trajectory whose latents each row sees.
         texts: (R - F,) which of the encoded texts each map-owning row attends to; the F others follow one of these.
-        context: (n_texts, S, E) encoded texts.
+        text_kv: per cross-attention layer, keys and values (n_texts, S, C) of the encoded texts.
         unconditional, conditional: (P,) the two rows that guidance combines; one row twice where it is off.
         guidance_scale: (P, 1, 1, 1) float32.
         following: how rows follow others, and whose map columns are watched; None for neither.
@@ -56,7 +58,7 @@ class RowPlan:
     starts: Tensor
     trajectories: Tensor
     texts: Tensor
-    context: Tensor
+    text_kv: TextKV
     unconditional: Tensor
     conditional: Tensor
     guidance_scale: Tensor
@@ -69,16 +71,16 @@ class RowPlan:
 
 
 def make_plans(
-    request: Request, steps: int, text_encoder: TextEncoder, project: Project, n_layers: int, device: torch.device
+    request: Request, steps: int, text_encoder: TextEncoder, encode: Encode, project: Project, device: torch.device
 ) -> list[RowPlan]:
     """Lay out the rows of a request.
 
     Args:
         request: what to draw.
         steps: how many steps are taken.
-        text_encoder: encodes each distinct text of a phase once.
+        text_encoder: tokenizes prompts.
+        encode: gives keys and values of texts; each distinct text of a phase is encoded once.
         project: gives a concept's projected residual values (H, C), per layer.
-        n_layers: how many cross-attention layers the UNet has.
         device: where the plans' tensors go.
 
     Returns:
@@ -98,10 +100,10 @@ def make_plans(
             elif isinstance(custom, DCI):
                 rows.add_dci(i, custom, mixes=first < custom.mixing_steps(steps))
             else:
-                rows.add_plain(i)
+                rows.add_plain(i, () if custom is None else tuple(custom.concepts))
         order = list(rows.trajectories)
         inherits = range(len(order)) if before is None else [before.index(key) for key in order]
-        plans.append(rows.plan(last - first, inherits, project, n_layers, device))
+        plans.append(rows.plan(last - first, inherits, encode, project, device))
         before = order
     return plans
 
@@ -116,39 +118,41 @@ class _Rows:
         self.guided: list[tuple[Row, Row]] = []  # the unconditional and conditional row of each trajectory
         self.pictures: list[int] = []
         self.foundations: list[int | None] = []
-        self.owners: dict[int, list[tuple[int, str]]] = {_PLAIN: [], _CONCEPT: [], _AUXILIARY: []}  # trajectory, text
+        self.owners: dict[int, list[tuple[int, Text]]] = {_PLAIN: [], _CONCEPT: [], _AUXILIARY: []}  # trajectory first
         self.followers: list[tuple[int, Row, Residuals]] = []  # trajectory, leader, residuals
         self.pairs: list[tuple[int, DCI, Branches]] = []  # image first
         self.watched: list[tuple[Row, list[list[int]]]] = []  # per image: owner, and each word's token positions
 
-    def add_plain(self, i: int) -> None:
-        trajectory = self._shared_trajectory(i)
+    def add_plain(self, i: int, concepts: tuple[Concept, ...]) -> None:
+        self._check_placeholders(i, concepts)
+        trajectory = self._shared_trajectory(i, concepts)
         self._add_picture(trajectory, None, self.guided[trajectory][1])
 
     def add_infusion(self, i: int, infusion: Infusion) -> None:
         prompt = self.request.prompts[i]
         residuals = token_positions(self.text_encoder.tokenize(prompt), infusion)
         if infusion.foundation == "parallel":
-            foundation = self._shared_trajectory(i)
+            foundation = self._shared_trajectory(i, ())
             leader_unconditional, leader = self.guided[foundation]
             trajectory = self._new_trajectory(("infusion", i), i)
             if infusion.unconditional_maps == "foundation":
                 unconditional = self._follow(trajectory, leader_unconditional, {}) if self.is_guided else None
             else:
-                unconditional = self._own_unconditional(trajectory, i)
+                unconditional = self._own_unconditional(trajectory, i, ())
         else:  # both pipelines see the same latents, so their unconditional rows are one
             foundation, trajectory = None, self._new_trajectory(("infusion", i), i)
-            unconditional = self._own_unconditional(trajectory, i)
-            leader = self._own(_PLAIN, trajectory, prompt)
+            unconditional = self._own_unconditional(trajectory, i, ())
+            leader = self._own(_PLAIN, trajectory, Text(prompt))
         self._guide(unconditional, self._follow(trajectory, leader, residuals))
         self._add_picture(trajectory, foundation, leader)
 
     def add_dci(self, i: int, dci: DCI, mixes: bool) -> None:
         prompt = self.request.prompts[i]
         branches = make_branches(prompt, dci, self.text_encoder)
+        self._check_placeholders(i, dci.concepts)
         trajectory = self._new_trajectory(("dci", i), i)
-        unconditional = self._own_unconditional(trajectory, i)
-        segment, text = (_CONCEPT, branches.prompts[0]) if mixes else (_PLAIN, prompt)
+        unconditional = self._own_unconditional(trajectory, i, dci.concepts)
+        segment, text = (_CONCEPT, branches.texts[0]) if mixes else (_PLAIN, Text(prompt, dci.concepts))
         conditional = self._own(segment, trajectory, text)
         self._guide(unconditional, conditional)
         self._add_picture(trajectory, None, conditional)
@@ -157,16 +161,17 @@ class _Rows:
         start = i if dci.noise == "shared" else len(self.request.prompts) + i
         auxiliary = self._new_trajectory(("auxiliary", i), start)
         if dci.guidance == "own":
-            unconditional = self._own_unconditional(auxiliary, i)
-        self._guide(unconditional, self._own(_AUXILIARY, auxiliary, branches.prompts[1]))
+            unconditional = self._own_unconditional(auxiliary, i, dci.concepts)
+        self._guide(unconditional, self._own(_AUXILIARY, auxiliary, branches.texts[1]))
         self.pairs.append((i, dci, branches))
 
     def plan(
-        self, steps: int, inherits: Sequence[int], project: Project, n_layers: int, device: torch.device
+        self, steps: int, inherits: Sequence[int], encode: Encode, project: Project, device: torch.device
     ) -> RowPlan:
         owners = [owner for segment in self.owners.values() for owner in segment]
         texts = list(dict.fromkeys(text for _, text in owners))
         slots = self._slots(len(owners))
+        text_kv = encode(texts)
         columns_wanted = self.followers or self.request.attention_words
 
         def index(values: Sequence[int]) -> Tensor:
@@ -178,12 +183,12 @@ class _Rows:
             starts=index(list(self.trajectories.values())),
             trajectories=index([trajectory for trajectory, *_ in (*owners, *self.followers)]),
             texts=index([texts.index(text) for _, text in owners]),
-            context=self.text_encoder.encode(texts),
+            text_kv=text_kv,
             unconditional=index([self._number(row) for row, _ in self.guided]),
             conditional=index([self._number(row) for _, row in self.guided]),
             guidance_scale=torch.full((len(self.guided), 1, 1, 1), self.request.guidance_scale, device=device),
             following=self._following(slots, project, device) if columns_wanted else None,
-            mixing=self._mixing(n_layers, device) if self.pairs else None,
+            mixing=self._mixing(len(text_kv), device) if self.pairs else None,
             mixed_images=tuple(i for i, _, _ in self.pairs),
             watched=tuple(
                 (self._number(row), [[slots[self._number(row)].index(position) for position in word] for word in words])
@@ -251,17 +256,24 @@ class _Rows:
             layers=frozenset({n_layers - 1} if first.last_layer_only else range(n_layers)),
         )
 
-    def _shared_trajectory(self, i: int) -> int:
-        """The uncustomised trajectory of image ``i``, shared by all images with the same texts and the same start."""
+    def _shared_trajectory(self, i: int, concepts: tuple[Concept, ...]) -> int:
+        """The plain trajectory of image ``i``, shared by all images with the same texts and the same start."""
         request = self.request
         prompt, negative = request.prompts[i], request.negative_prompts[i]
         own_start = i if request.image is not None or request.latents is not None else None
-        key = (prompt, negative, request.seeds[i], own_start)
+        key = (prompt, negative, concepts, request.seeds[i], own_start)
         if key not in self.trajectories:
             trajectory = self._new_trajectory(key, i)
-            unconditional = self._own_unconditional(trajectory, i)
-            self._guide(unconditional, self._own(_PLAIN, trajectory, prompt))
+            unconditional = self._own_unconditional(trajectory, i, concepts)
+            self._guide(unconditional, self._own(_PLAIN, trajectory, Text(prompt, concepts)))
         return list(self.trajectories).index(key)
+
+    def _check_placeholders(self, i: int, concepts: tuple[Concept, ...]) -> None:
+        """What a concept has learned must have its place in the prompt."""
+        tokens = self.text_encoder.tokenize(self.request.prompts[i], concepts)
+        for concept in concepts:
+            if concept.tokens is not None:
+                find_phrase(tokens, word_pattern(concept.placeholder), concept.placeholder, 0)
 
     def _new_trajectory(self, key: Hashable, start: int) -> int:
         self.trajectories[key] = start
@@ -270,19 +282,21 @@ class _Rows:
     def _add_picture(self, trajectory: int, foundation: int | None, owner: Row) -> None:
         _, text = self.owners[owner[0]][owner[1]]
         words = self.request.attention_words
+        tokens = [self.text_encoder.tokenize(text.prompt, text.concepts)] * len(words)
         self.pictures.append(trajectory)
         self.foundations.append(foundation)
-        self.watched.append((owner, [find_noun(self.text_encoder.tokenize(text), word) for word in words]))
+        self.watched.append((owner, [find_noun(*pair) for pair in zip(tokens, words, strict=True)]))
 
     def _guide(self, unconditional: Row | None, conditional: Row) -> None:
         self.guided.append((conditional if unconditional is None else unconditional, conditional))
 
-    def _own(self, segment: int, trajectory: int, text: str) -> Row:
+    def _own(self, segment: int, trajectory: int, text: Text) -> Row:
         self.owners[segment].append((trajectory, text))
         return segment, len(self.owners[segment]) - 1
 
-    def _own_unconditional(self, trajectory: int, i: int) -> Row | None:
-        return self._own(_PLAIN, trajectory, self.request.negative_prompts[i]) if self.is_guided else None
+    def _own_unconditional(self, trajectory: int, i: int, concepts: tuple[Concept, ...]) -> Row | None:
+        text = Text(self.request.negative_prompts[i], concepts)
+        return self._own(_PLAIN, trajectory, text) if self.is_guided else None
 
     def _follow(self, trajectory: int, leader: Row, residuals: Residuals) -> Row:
         self.followers.append((trajectory, leader, residuals))

@@ -81,7 +81,7 @@ def test_bad_concepts_are_told_before_the_work(small_folder: Path, tmp_path: Pat
         (["generate", "a cat", "--concept", str(tmp_path / "x"), "--dci", "cat"], "cannot be read"),
         (["generate", "a cat", "--dci", "dog", "--model", str(small_folder)], "the prompt must contain 'dog'"),
         (["generate", "a cat", "--dci-strength", "2"], "dci-strength belongs to two branches: give --dci too, got 2.0"),
-        (["generate", "a cat", "--foundation", "shared"], "foundation belongs to concepts: give --concept too"),
+        (["generate", "a cat", "--foundation", "shared"], "foundation belongs to Infusion concepts: give"),
     ):
         assert main(command) == 1
         assert message in capsys.readouterr().err
@@ -92,3 +92,26 @@ def test_dci(small_folder: Path, tmp_path: Path) -> None:
     assert main(["generate", "a cat", "--model", str(small_folder), *options, "--out", str(tmp_path)]) == 0
     (path,) = tmp_path.iterdir()
     assert "DCI: cat with owl -1.5" in Image.open(path).text["parameters"]
+
+
+def test_train_and_use_an_ico_concept(small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    pictures, file = tmp_path / "pictures", tmp_path / "violet.safetensors"
+    pictures.mkdir()
+    Image.new("RGB", (20, 16), "red").save(pictures / "a.png")
+    train = ["train", "ico", str(pictures), "--noun", "cat", "--out", str(file), "--model", str(small_folder)]
+    assert main([*train, "--steps", "2", "--batch-size", "1", "--rank", "2", "--prior-images", "1", "--quiet"]) == 0
+    draw = ["generate", "a V* cat", "--model", str(small_folder), "--concept", str(file), "--steps", "2", "--quiet"]
+    for number, (options, described) in enumerate((([], "ICO: violet"), (["--dci", "V*"], "DCI: violet with dog 1"))):
+        out = tmp_path / str(number)
+        assert main([*draw, *options, "--out", str(out)]) == 0
+        (path,) = out.iterdir()
+        assert described in Image.open(path).text["parameters"]
+    capsys.readouterr()
+    for command, message in (
+        ([*draw, "--dci", "cat"], "dci must be the placeholder of one of the concepts (V*), got 'cat'"),
+        ([*draw, "--foundation", "shared"], "foundation belongs to Infusion concepts"),
+        ([*train, "--rank", "0"], "rank must be an integer >= 1"),
+        ([*train, "--rank", "2", "--tokens-only"], "rank belongs to keys and values"),
+    ):
+        assert main(command) == 1
+        assert message in capsys.readouterr().err

@@ -10,7 +10,8 @@ import torch
 from safetensors.torch import save, save_file
 
 import engine
-from engine.concept import Concept, write_atomically
+from engine.concept import Concept
+from engine.concept_file import write_atomically
 from engine.errors import ConceptFileError
 
 _LAYERS = {
@@ -91,7 +92,7 @@ def test_files_that_are_none(tmp_path: Path) -> None:
         (b"PK\x03\x04" + bytes(100), "a zip or pickle file"),
         (b"<!DOCTYPE html><html>not found</html>", "a web page"),
         (b"version https://git-lfs.github.com/spec/v1\noid sha256:0\nsize 24000\n", "a git-lfs pointer"),
-        (bytes(1_000_001), "at most 1000000 bytes"),
+        (save({"x": torch.zeros(300_000)}, _metadata()), "at most 1000000 bytes; this one has 1200"),
         (b"\x01", "not a whole safetensors file"),
         ((5).to_bytes(8, "little") + b"{oops", "cat.safetensors: "),
         (save({"residuals": torch.zeros(5)}), "not a concept"),
@@ -132,7 +133,7 @@ def test_contents_that_do_not_agree(tmp_path: Path) -> None:
         (None, {"base": '["x"]'}, "base must be a list of numbers"),
         (None, {"space": "keys"}, "space must be one of text, value"),
         (None, {"noun": " "}, "noun must be"),
-        (None, {"method": "lora"}, "method must be 'infusion'"),
+        (None, {"method": "lora"}, "method must be one of infusion, ico, found 'lora'"),
         (None, {"version": "2"}, "version must be 1, found '2'"),
     ):
         with pytest.raises(ConceptFileError, match=message):

@@ -8,13 +8,14 @@ import psutil
 import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
-from torch.utils.flop_counter import FlopCounterMode
+from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import engine
 from benchmarks.systems import default_request
-from engine.conditioning import Conditioning, Following
+from engine.conditioning import Conditioning, Following, Mixing
 from engine.config import UNetConfig
 from engine.rows import make_plans
+from engine.text import Text
 from engine.unet import UNet2DConditionModel
 from tests.pipelines import SD_V1_5_UNET
 
@@ -53,6 +54,41 @@ def test_a_following_row_costs_less_than_a_plain_one() -> None:
     assert leader <= 1.002 * plain  # the columns cost next to nothing
 
 
+class _Pointwise(TorchDispatchMode):
+    """Counts an operation for every number that anything but a product computes, and five for a softmax's."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.total = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        if isinstance(out, torch.Tensor) and func not in flop_registry and not func.is_view:
+            self.total += out.numel() * (5 if "softmax" in str(func) else 1)
+        return out
+
+
+def _mixing_flops(unet: UNet2DConditionModel, masked: bool) -> int:
+    """Everything that a step of DCI computes on the reference path: two branches and the unconditional row."""
+    with torch.device("meta"), torch.no_grad():
+        text = unet.text_kv(torch.empty(3, 77, 768))
+        shifts = tuple(shift.expand(3, -1) for shift in unet.time_shifts(torch.empty(1)))
+        layers = frozenset(range(len(unet.cross_attentions)))
+        chosen, lengths = torch.empty(2, 77, dtype=torch.bool), torch.empty(2, dtype=torch.int64)
+        mixing = Mixing(chosen, lengths, torch.empty(1, 4), False, masked, layers)
+        with FlopCounterMode(display=False) as products, _Pointwise() as pointwise:
+            unet.denoise(torch.empty(3, 4, 64, 64), Conditioning(shifts, text, None, mixing))
+    return products.get_total_flops() + pointwise.total
+
+
+def test_masks_cost_next_to_nothing() -> None:
+    with torch.device("meta"):
+        unet = UNet2DConditionModel(UNetConfig.from_dict(SD_V1_5_UNET))
+    plain, masked = (_mixing_flops(unet, masked) for masked in (False, True))
+    assert plain > 3 * 790e9
+    assert plain < masked <= 1.02 * plain
+
+
 class _Shapes(TorchDispatchMode):
     """Records the shape of everything that is computed."""
 
@@ -83,29 +119,25 @@ class _KnownText:
     """A text encoder that has seen the prompt before."""
 
     def __init__(self, encoder) -> None:
-        self.max_length = encoder.max_length
-        self.tokens, self.context = encoder.tokenize("a cat"), encoder.encode(["", "a cat"])
+        self.max_length, self.tokens = encoder.max_length, encoder.tokenize("a cat")
 
-    def tokenize(self, _prompt: str):
+    def tokenize(self, _prompt: str, _concepts=()):
         return self.tokens
-
-    def encode(self, _prompts: list[str]):
-        return self.context
 
 
 def test_concepts_switch_at_once(small: engine.Engine) -> None:
     concepts = [_concept(small, seed) for seed in range(1000)]
-    text, n_layers = _KnownText(small.text_encoder), len(small.unet.cross_attentions)
+    text, known = _KnownText(small.text_encoder), small._encode([Text(""), Text("a cat")])
     request = default_request(small, "a cat", customization=engine.Infusion(concepts[:1]))
     for concept in concepts:
         small._project(concept)
-    make_plans(request, 1, text, small._project, n_layers, small.device)
+    make_plans(request, 1, text, lambda _: known, small._project, small.device)
     resident_bytes = psutil.Process().memory_info().rss
     seconds = []
     for concept in concepts:
         request = replace(request, customizations=(engine.Infusion([concept]),))
         start = time.perf_counter()
-        (plan,) = make_plans(request, 1, text, small._project, n_layers, small.device)
+        (plan,) = make_plans(request, 1, text, lambda _: known, small._project, small.device)
         seconds.append(time.perf_counter() - start)
     assert statistics.median(seconds) < 1e-3
     assert psutil.Process().memory_info().rss - resident_bytes < 4e6

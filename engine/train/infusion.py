@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -10,18 +9,14 @@ from typing import Any
 import torch
 from PIL import Image
 from torch import Tensor, nn
-from torch.utils.checkpoint import checkpoint
 
 from ..checks import check_choice, check_flag, check_integer, check_number
 from ..concept import Concept
 from ..conditioning import Conditioning, Following
 from ..engine import Engine
 from ..infusion import Infusion, project_residual, residual_widths
-from ..ops import TORCH
-from ..schedule import alphas_cumprod
 from ..text import find_noun
-from ..transformer import Transformer2DModel
-from ..unet import UNet2DConditionModel, UNetResnet
+from .denoising import Noiser, autocast, differentiable, training_size, weighted_mean
 from .loop import Callback, Options, run
 from .pictures import Pictures, make_generator
 
@@ -148,10 +143,7 @@ class InfusionObjective:
         gradient_checkpointing: bool,
         sample_prompts: Sequence[str] | None,
     ) -> None:
-        factor = sd.vae.config.factor
-        size = sd.unet.config.sample_size * factor if size is None else check_integer("size", size, factor)
-        if size % factor:
-            raise ValueError(f"size must be a multiple of {factor}, got {size}")
+        size = training_size(sd, size)
         self.sd, self.noun, self.space, self.tokens = sd, noun, space, tokens
         self.learning_rate, self.batch_size, self.seed = learning_rate, batch_size, seed
         self.layers = sd.unet.cross_attentions
@@ -165,8 +157,8 @@ class InfusionObjective:
             self._positions(prompt)
         self.text = sd.unet.text_kv(sd.encode_prompt(prompts))
         self.positions = torch.tensor(positions, device=sd.device)
-        self.alphas_cumprod = torch.from_numpy(alphas_cumprod(sd.schedule)).float().to(sd.device)
-        self.unet = _differentiable(sd.unet, gradient_checkpointing)
+        self.noiser = Noiser(sd)
+        self.unet = differentiable(sd.unet, gradient_checkpointing)
         self.settings = {
             "method": "infusion",
             "model": sd.name,
@@ -195,23 +187,18 @@ class InfusionObjective:
         """Squared error of the customised noise prediction on micro-batch ``part``; mean, or mean over masks."""
         batch = self.pictures.batch(self.seed, part * self.batch_size, self.batch_size)
         generator = make_generator(self.seed, 2, part)
-        latents, n_steps = batch.latents, len(self.alphas_cumprod)
-        timesteps = torch.randint(0, n_steps, (len(latents),), generator=generator).to(latents.device)
-        prompts = torch.randint(0, len(self.positions), (len(latents),), generator=generator).to(latents.device)
-        noise = torch.randn(latents.shape, generator=generator).to(latents.device)
-        alpha_bar = self.alphas_cumprod[timesteps][:, None, None, None]
-        noisy = alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise
-        error = (self._predict(noisy, timesteps, prompts) - noise).square()
-        if batch.weights is None:
-            return error.mean()
-        return (batch.weights * error).sum() / (batch.weights.sum() * error.shape[1])
+        n_prompts, device = len(self.positions), self.sd.device
+        prompts = torch.randint(0, n_prompts, (self.batch_size,), generator=generator).to(device)
+        noised = self.noiser(batch.latents, generator)
+        predicted = self._predict(noised.latents, noised.timesteps, prompts)
+        return weighted_mean((predicted - noised.noise).square(), batch.weights)
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
         """The customised pass's noise prediction, float32, under the foundation's maps on the same latents."""
         n_rows, n_tokens = len(noisy), self.positions.shape[1]
         nobody = torch.empty(0, dtype=torch.int64, device=noisy.device)
         maps: list[tuple[Tensor, Tensor]] = []
-        with self._autocast():
+        with autocast(self.sd):
             noisy = noisy.to(self.sd.dtype)
             with torch.no_grad():
                 shifts = self.unet.time_shifts(timesteps)
@@ -227,12 +214,6 @@ class InfusionObjective:
             everyone = torch.arange(n_rows, device=noisy.device)
             following = Following(watched.tokens, everyone, residuals, tuple(maps))
             return self.unet.denoise(noisy, Conditioning(shifts, (), following)).float()
-
-    def _autocast(self) -> Any:
-        """bfloat16 products on a GPU: float16's range is too small for gradients."""
-        if self.sd.device.type == "cuda" and self.sd.dtype != torch.bfloat16:
-            return torch.autocast("cuda", torch.bfloat16)
-        return contextlib.nullcontext()
 
     def concept(self, steps: int) -> Concept:
         """The concept as it is now, after ``steps`` steps."""
@@ -264,28 +245,3 @@ def _fill(template: str, noun: str) -> str:
     if not isinstance(template, str) or template.count("{}") != 1:
         raise ValueError(f"templates must be texts with one place {{}} for the noun, got {template!r}")
     return template.format(noun)
-
-
-class _Recomputed(nn.Module):
-    """A layer whose activations are not kept but recomputed in the backward pass."""
-
-    def __init__(self, layer: nn.Module) -> None:
-        super().__init__()
-        self.layer = layer
-
-    def forward(self, x: Tensor, condition: Conditioning) -> Any:
-        return checkpoint(self.layer, x, condition, use_reentrant=False)
-
-
-def _differentiable(unet: UNet2DConditionModel, gradient_checkpointing: bool) -> UNet2DConditionModel:
-    """The same UNet, sharing its weights, on ops that have gradients."""
-    with torch.device("meta"):
-        twin = UNet2DConditionModel(unet.config, TORCH)
-    twin.load_state_dict(unet.state_dict(), assign=True)
-    twin.eval().requires_grad_(False)
-    if gradient_checkpointing:
-        for layers in [module for module in twin.modules() if isinstance(module, nn.ModuleList)]:
-            for i, layer in enumerate(layers):
-                if isinstance(layer, UNetResnet | Transformer2DModel):
-                    layers[i] = _Recomputed(layer)
-    return twin

@@ -22,7 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..concept import write_atomically
+from ..concept_file import write_atomically
 from ..errors import NonFiniteError
 
 Callback = Callable[[int, int, float], bool | None]

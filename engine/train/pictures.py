@@ -21,10 +21,11 @@ _FLIP_PROBABILITY = 0.5
 
 @dataclass(frozen=True, slots=True)
 class Batch:
-    """Latents (B, 4, h, w) as the UNet sees them, and loss weights (B, 1, h, w) or None."""
+    """Latents (B, 4, h, w) as the UNet sees them, loss weights (B, 1, h, w) or None, and which pictures they are of."""
 
     latents: Tensor
     weights: Tensor | None
+    pictures: tuple[int, ...]
 
 
 class Pictures:
@@ -56,17 +57,18 @@ class Pictures:
 
     def batch(self, seed: int, position: int, count: int) -> Batch:
         """Pictures ``position`` to ``position + count`` of an endless sequence of shuffled rounds, half mirrored."""
-        latents, weights = [], []
+        latents, weights, pictures = [], [], []
         for at in range(position, position + count):
             n_round, i = divmod(at, self.n_pictures)
             order = torch.randperm(self.n_pictures, generator=make_generator(seed, 0, n_round))
             picture, generator = int(order[i]), make_generator(seed, 1, at)
             mirrored = float(torch.rand((), generator=generator)) < _FLIP_PROBABILITY
             mean, std = (part[picture] for part in self.posteriors[mirrored])
+            pictures.append(picture)
             latents.append(mean + std * torch.randn(mean.shape, generator=generator).to(mean.device))
             if self.weights is not None:
                 weights.append(self.weights[picture].flip(-1) if mirrored else self.weights[picture])
-        return Batch(torch.stack(latents), torch.stack(weights) if weights else None)
+        return Batch(torch.stack(latents), torch.stack(weights) if weights else None, tuple(pictures))
 
 
 def make_generator(seed: int, *use: int) -> torch.Generator:

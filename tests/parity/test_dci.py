@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import engine
-from engine.dci import make_branches, replace_noun
+from engine.dci import make_branches, replace_phrase
 from tests.parity.dci_reference import LiteralDCI, Side
 from tests.pipelines import relative_error, save_pipeline
 
@@ -169,10 +169,10 @@ def test_prompts_of_the_branches(small: engine.Engine) -> None:
         ("An owl on a (Cat:1.2)", "dog", "An owl on a (dog:1.2)"),
         ("the cat, cats and concatenation", "dog", "the dog, cats and concatenation"),
     ):
-        assert replace_noun(prompt, "cat", stand_in) == expected
+        assert replace_phrase(prompt, engine.DCI("cat", stand_in)) == expected
     branches = make_branches("a dog chases a cat", engine.DCI("cat", "dog"), small.text_encoder)
-    assert branches.prompts == ("a dog chases a cat", "a dog chases a dog")
-    ids = [small.text_encoder.tokenize(prompt).ids for prompt in branches.prompts]
+    assert [text.prompt for text in branches.texts] == ["a dog chases a cat", "a dog chases a dog"]
+    ids = [small.text_encoder.tokenize(text.prompt).ids for text in branches.texts]
     assert len(branches.chosen[1]) == branches.lengths[1] - 1
     last_dog = max(i for i, token in enumerate(ids[1]) if token == ids[0][2])
     assert last_dog not in branches.chosen[1]

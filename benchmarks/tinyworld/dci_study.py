@@ -1,0 +1,208 @@
+"""Train ICO concepts and measure what DCI does with them: ``python -m benchmarks.tinyworld.dci_study``.
+
+For each concept: how often pictures show it, and how often the background is right, with ICO alone, over strengths,
+over fractions and for each ablation; how far the gates spread at each scale; and what low-rank files lose. Writes
+``benchmarks/results/dci-tinyworld.json`` and figures.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+from PIL import Image
+from torch import Tensor
+
+import engine
+from benchmarks.machine import RESULTS, machine
+from benchmarks.systems import default_request
+from benchmarks.tinyworld.backgrounds import BACKGROUNDS
+from benchmarks.tinyworld.captions import full_prompt
+from benchmarks.tinyworld.concept_judge import ConceptJudge
+from benchmarks.tinyworld.concepts import CONCEPTS, reference_pictures
+from benchmarks.tinyworld.data import grid, to_tensor
+from benchmarks.tinyworld.evaluate import interval
+from benchmarks.tinyworld.evaluator import load_evaluator
+from benchmarks.tinyworld.scene import Scene, Thing
+from engine.denoise import denoise
+from engine.rows import make_plans
+from engine.samplers import make_table
+
+STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
+ABLATIONS: dict[str, dict[str, Any]] = {
+    "all of it": {},
+    "no masks": {"masked": False},
+    "separate prompts": {"separate_prompts": True},
+    "last layer only": {"last_layer_only": True},
+}
+RANKS = (8, 16, 32)
+_AUXILIARY = {"cat": "dog", "dog": "cat", "car": "boat", "teapot": "mug", "backpack": "shoe"}
+_STEPS, _GUIDANCE = 50, 4.0
+_FIGURE_CONTEXTS = (0, 2, 6)  # beach, snow, room
+
+
+def prompts(phrase: str) -> list[str]:
+    """One prompt per background; ``phrase`` names the object."""
+    scenes = (Scene((Thing(phrase, ""),), background, "blue") for background in BACKGROUNDS)
+    return [full_prompt(scene) for scene in scenes]
+
+
+class Judge:
+    """Draws a concept in every context and says what is seen."""
+
+    def __init__(self, sd: engine.Engine, name: str, seeds: int) -> None:
+        self.sd, self.seeds, self.evaluator = sd, seeds, load_evaluator()
+        self.concept_seen = ConceptJudge(name, self.evaluator)
+
+    def __call__(self, phrase: str, customization: Any) -> tuple[list[Image.Image], dict[str, Any]]:
+        """Pictures, ``seeds`` for each context in turn, and the shares that are right."""
+        texts = prompts(phrase)
+        drawn = self.sd.generate(
+            texts,
+            images_per_prompt=self.seeds,
+            seed=list(range(self.seeds)) * len(texts),
+            steps=_STEPS,
+            guidance_scale=_GUIDANCE,
+            customization=customization,
+            progress=False,
+        )
+        pictures = to_tensor(drawn.images)
+        wanted = [background for background in BACKGROUNDS for _ in range(self.seeds)]
+        seen = self.evaluator.classify(pictures)
+        verdicts = {
+            "concept": self.concept_seen(pictures),
+            "context": [one.background == background for one, background in zip(seen, wanted, strict=True)],
+        }
+        return drawn.images, {
+            what: {"share": sum(right) / len(right), "interval": interval(right), "n": len(right)}
+            for what, right in verdicts.items()
+        }
+
+
+def study(judge: Judge, concept: engine.Concept, dci: engine.DCI, out: Path, name: str) -> dict[str, Any]:
+    """Every sweep of one concept; figures go to ``out``."""
+    phrase = dci.phrase
+    alone, measured = judge(phrase, engine.ICO([concept]))
+    found: dict[str, Any] = {"ico": measured, "strength": [], "fraction": [], "ablation": []}
+    columns: dict[str, list[list[Image.Image]]] = {"strength": [alone], "fraction": [], "ablation": [alone]}
+    settings = [("strength", value, {"strength": value}) for value in STRENGTHS]
+    settings += [("fraction", value, {"fraction": value}) for value in FRACTIONS]
+    settings += [("ablation", what, changes) for what, changes in ABLATIONS.items()]
+    for sweep, value, changes in settings:
+        images, measured = judge(phrase, replace(dci, **changes))
+        found[sweep].append({"value": value, **measured})
+        columns[sweep].append(images)
+        print(name, sweep, value, {what: round(one["share"], 2) for what, one in measured.items()}, flush=True)
+    for sweep, pictures in columns.items():
+        rows = [column[context * judge.seeds] for context in _FIGURE_CONTEXTS for column in pictures]
+        grid(rows, columns=len(pictures)).save(out / f"{name}-{sweep}.png")
+    return found
+
+
+class _Gates:
+    """Collects both branches' masks by layer, in place of a ``MaskRecorder``."""
+
+    def __init__(self) -> None:
+        self.masks: dict[int, list[Tensor]] = {}
+
+    def watching(self, _images: Sequence[int]):
+        return lambda layer, masks: self.masks.setdefault(layer, []).append(masks.cpu())
+
+
+@torch.no_grad()
+def spread(sd: engine.Engine, prompt: str, dci: engine.DCI) -> list[dict[str, float]]:
+    """How the concept's weight w = sigmoid(s_c - lambda s_a) is distributed at each scale, over steps and heads."""
+    request = default_request(sd, prompt, customization=dci, seed=0, steps=_STEPS, guidance_scale=_GUIDANCE)
+    table = make_table(request.sampler, sd.schedule, request.steps, request.eta, request.begin)
+    plans = make_plans(request, len(table), sd.text_encoder, sd._encode, sd._project, sd.device)
+    start, noise = sd._start(request, table)
+    gates: Any = _Gates()
+    denoise(sd.unet, table, plans, start, noise, lambda _i, _x: True, None, gates)
+    mixing = plans[0].mixing
+    assert mixing is not None
+    strength, _, _, gain = mixing.gates[0].tolist()
+    weights: dict[int, list[Tensor]] = {}
+    for masks in gates.masks.values():
+        concept, auxiliary = torch.stack(masks).chunk(2, dim=1)
+        w = torch.sigmoid(gain * (concept - strength * auxiliary))
+        weights.setdefault(w.shape[-1], []).append(w.flatten())
+    rows = []
+    for n_positions in sorted(weights, reverse=True):
+        w = torch.cat(weights[n_positions])
+        low, middle, high = torch.quantile(w[torch.randperm(len(w))[:200_000]], torch.tensor([0.01, 0.5, 0.99]))
+        rows.append({"positions": n_positions, "p1": float(low), "median": float(middle), "p99": float(high)})
+    return rows
+
+
+def compression(concept: engine.Concept) -> list[dict[str, float]]:
+    """Bytes and relative error of the changes, whole and at each rank."""
+    rows = []
+    with tempfile.TemporaryDirectory() as folder:
+        for rank in (None, *RANKS):
+            path = Path(folder) / "concept.safetensors"
+            concept.save(path, rank=rank)
+            error = engine.Concept.load(path).training.get("compression_error", 0.0)
+            rows.append({"rank": rank, "bytes": path.stat().st_size, "error": error})
+    return rows
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--concepts", nargs="+", default=list(CONCEPTS), choices=list(CONCEPTS))
+    parser.add_argument("--seeds", type=int, default=3, help="pictures per context")
+    parser.add_argument("--train-steps", type=int, default=900)
+    parser.add_argument("--learning-rate", type=float, default=6e-5)
+    parser.add_argument("--context-learning-rate", type=float, default=6e-4)
+    parser.add_argument("--strength", type=float, default=1.0, help="of the sweeps that do not vary it")
+    parser.add_argument("--fraction", type=float, default=0.2, help="of the sweeps that do not vary it")
+    parser.add_argument("--gain", type=float, help="g, where the preset's is not wanted")
+    parser.add_argument("--out", type=Path, default=Path("out/dci"), help="folder for figures and concepts")
+    arguments = parser.parse_args()
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    sd, records = engine.load(), []
+    for name in arguments.concepts:
+        noun, start = CONCEPTS[name].noun, time.perf_counter()
+        rates = {name: getattr(arguments, name) for name in ("learning_rate", "context_learning_rate")}
+        concept = engine.train_ico(sd, reference_pictures(name), noun, steps=arguments.train_steps, **rates)
+        seconds = time.perf_counter() - start
+        concept.save(arguments.out / f"{name}.safetensors")
+        chosen = {"strength": arguments.strength, "fraction": arguments.fraction, "gain": arguments.gain}
+        dci = engine.DCI(concept, _AUXILIARY[noun], **chosen)
+        judge = Judge(sd, name, arguments.seeds)
+        record: dict[str, Any] = {"concept": name, "training_seconds": round(seconds, 1)}
+        record |= {"judge_accuracy": judge.concept_seen.accuracy, "compression": compression(concept)}
+        prompt = prompts(dci.phrase)[0]
+        record["spread"] = {
+            preset: spread(sd, prompt, replace(dci, preset=preset, fraction=1.0)) for preset in ("calibrated", "paper")
+        }
+        record |= study(judge, concept, dci, arguments.out, name)
+        (image,) = (
+            out := sd.generate(
+                prompt,
+                seed=0,
+                customization=replace(dci, fraction=1.0),
+                record_masks=True,
+                guidance_scale=_GUIDANCE,
+                progress=False,
+            )
+        ).images
+        assert out.masks is not None
+        assert out.masks[0] is not None
+        out.masks[0].figure(image).save(arguments.out / f"{name}-masks.png")
+        records.append(record)
+    settings = {"steps": _STEPS, "guidance_scale": _GUIDANCE, "seeds": arguments.seeds, "contexts": len(BACKGROUNDS)}
+    settings |= {name: getattr(arguments, name) for name in ("train_steps", "strength", "fraction", "gain")} | rates
+    result = {"machine": machine(str(sd.device)), "settings": settings, "dci": records}
+    (RESULTS / "dci-tinyworld.json").write_text(json.dumps(result, indent=1) + "\n")
+
+
+if __name__ == "__main__":
+    main()
