@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS
+from benchmarks.tinyworld.evaluate import interval
 
 README = Path(__file__).parent.parent / "README.md"
 _SECTION = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
@@ -23,7 +24,7 @@ def tables() -> str:
     parts = []
     for path in sorted(RESULTS.glob("*.json")):
         result = json.loads(path.read_text())
-        kinds = {"records": _speed, "results": _quality, "infusion": _infusion}
+        kinds = {"records": _speed, "results": _quality, "infusion": _infusion, "dci": _dci}
         parts.append(next(show(path, result) for name, show in kinds.items() if name in result))
     return "\n".join(parts) or "Not measured.\n"
 
@@ -102,6 +103,51 @@ def _infusion(path: Path, result: dict[str, Any]) -> str:
             f"{100 * record['judge_accuracy']:.1f} | {record['training_seconds']:.0f} s |"
         )
     return "\n".join(lines) + "\n"
+
+
+def _dci(path: Path, result: dict[str, Any]) -> str:
+    about, settings, records = result["machine"], result["settings"], result["dci"]
+    seconds = [record["training_seconds"] for record in records]
+    lines = [
+        f"ICO and DCI on tinyworld: {', '.join(record['concept'] for record in records)}; 5 reference pictures in 2 "
+        f"contexts, {settings['train_steps']} steps ({min(seconds):.0f} to {max(seconds):.0f} s); then "
+        f"{settings['seeds']} pictures of each in each of {settings['contexts']} contexts, ddim {settings['steps']} "
+        f"steps, guidance {settings['guidance_scale']:g}; strength {settings['strength']:g} and fraction "
+        f"{settings['fraction']:g} where they do not vary, commit {about['commit'][:9]} "
+        f"([{path.name}](benchmarks/results/{path.name})); % with 95 % intervals.\n",
+        "| drawn with | concept seen | context right |",
+        "| --- | --- | --- |",
+        f"| ICO alone | {_pooled([record['ico'] for record in records])} |",
+    ]
+    for sweep in ("strength", "fraction", "ablation"):
+        for i, entry in enumerate(records[0][sweep]):
+            value = entry["value"] if sweep == "ablation" else f"{sweep} {entry['value']:g}"
+            lines.append(f"| DCI, {value} | {_pooled([record[sweep][i] for record in records])} |")
+    lines += [
+        "",
+        f"The concept's weight w at each scale, over all steps and heads of one picture of {records[0]['concept']}: "
+        "1st percentile, median, 99th.\n",
+        "| positions | calibrated | as printed |",
+        "| --- | --- | --- |",
+    ]
+    for rows in zip(records[0]["spread"]["calibrated"], records[0]["spread"]["paper"], strict=True):
+        cells = [f"{row['p1']:.4f}, {row['median']:.4f}, {row['p99']:.4f}" for row in rows]
+        lines.append(f"| {rows[0]['positions']} | {' | '.join(cells)} |")
+    lines += ["", f"The file of {records[0]['concept']}:\n", "| rank | bytes | relative error |", "| --- | --- | --- |"]
+    for row in records[0]["compression"]:
+        lines.append(f"| {row['rank'] or 'whole'} | {row['bytes']:,} | {row['error']:.3f} |")
+    return "\n".join(lines) + "\n"
+
+
+def _pooled(measured: list[dict[str, Any]]) -> str:
+    """Concept and context over all concepts."""
+    cells = []
+    for what in ("concept", "context"):
+        counts = [(round(one[what]["share"] * one[what]["n"]), one[what]["n"]) for one in measured]
+        right, n = (sum(column) for column in zip(*counts, strict=True))
+        low, high = interval([True] * right + [False] * (n - right))
+        cells.append(f"{100 * right / n:.0f} ({100 * low:.0f} to {100 * high:.0f})")
+    return " | ".join(cells)
 
 
 def main() -> int:

@@ -280,12 +280,18 @@ class _Rows:
         return len(self.trajectories) - 1
 
     def _add_picture(self, trajectory: int, foundation: int | None, owner: Row) -> None:
-        _, text = self.owners[owner[0]][owner[1]]
-        words = self.request.attention_words
-        tokens = [self.text_encoder.tokenize(text.prompt, text.concepts)] * len(words)
         self.pictures.append(trajectory)
         self.foundations.append(foundation)
-        self.watched.append((owner, [find_noun(*pair) for pair in zip(tokens, words, strict=True)]))
+        self.watched.append((owner, self._word_positions(owner)))
+
+    def _word_positions(self, owner: Row) -> list[list[int]]:
+        """Positions of each attention word's tokens in the text of a row."""
+        words = self.request.attention_words
+        if not words:
+            return []
+        _, text = self.owners[owner[0]][owner[1]]
+        tokens = self.text_encoder.tokenize(text.prompt, text.concepts)
+        return [find_noun(tokens, word) for word in words]
 
     def _guide(self, unconditional: Row | None, conditional: Row) -> None:
         self.guided.append((conditional if unconditional is None else unconditional, conditional))

@@ -30,7 +30,9 @@ from benchmarks.tinyworld.concepts import CONCEPTS, reference_pictures
 from benchmarks.tinyworld.data import grid, to_tensor
 from benchmarks.tinyworld.evaluate import interval
 from benchmarks.tinyworld.evaluator import load_evaluator
+from benchmarks.tinyworld.jobs import per_concept
 from benchmarks.tinyworld.scene import Scene, Thing
+from engine.dci import PRESETS
 from engine.denoise import denoise
 from engine.rows import make_plans
 from engine.samplers import make_table
@@ -46,6 +48,7 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 RANKS = (8, 16, 32)
 _AUXILIARY = {"cat": "dog", "dog": "cat", "car": "boat", "teapot": "mug", "backpack": "shoe"}
 _STEPS, _GUIDANCE = 50, 4.0
+_RATES = ("learning_rate", "context_learning_rate")
 _FIGURE_CONTEXTS = (0, 2, 6)  # beach, snow, room
 
 
@@ -154,6 +157,32 @@ def compression(concept: engine.Concept) -> list[dict[str, float]]:
     return rows
 
 
+def study_concept(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+    """Train and measure one concept."""
+    sd, noun, start = engine.load(), CONCEPTS[name].noun, time.perf_counter()
+    rates = {which: getattr(arguments, which) for which in _RATES}
+    options = {"steps": arguments.train_steps, "scheme": "dci", "progress": False}
+    concept = engine.train_ico(sd, reference_pictures(name), noun, **rates, **options)
+    seconds = time.perf_counter() - start
+    concept.save(arguments.out / f"{name}.safetensors")
+    settings = {which: getattr(arguments, which) for which in ("strength", "fraction", "gain")}
+    dci = engine.DCI(concept, _AUXILIARY[noun], **settings)
+    prompt, judge = prompts(dci.phrase)[0], Judge(sd, name, arguments.seeds)
+    whole = replace(dci, fraction=1.0)
+    out = sd.generate(prompt, seed=0, guidance_scale=_GUIDANCE, customization=whole, record_masks=True, progress=False)
+    assert out.masks is not None
+    assert out.masks[0] is not None
+    out.masks[0].figure(out.images[0]).save(arguments.out / f"{name}-masks.png")
+    return {
+        "concept": name,
+        "training_seconds": round(seconds, 1),
+        "judge_accuracy": judge.concept_seen.accuracy,
+        "compression": compression(concept),
+        "spread": {preset: spread(sd, prompt, replace(whole, preset=preset, gain=None)) for preset in PRESETS},
+        **study(judge, concept, dci, arguments.out, name),
+    }
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--concepts", nargs="+", default=list(CONCEPTS), choices=list(CONCEPTS))
@@ -165,42 +194,15 @@ def main() -> None:
     parser.add_argument("--fraction", type=float, default=0.2, help="of the sweeps that do not vary it")
     parser.add_argument("--gain", type=float, help="g, where the preset's is not wanted")
     parser.add_argument("--out", type=Path, default=Path("out/dci"), help="folder for figures and concepts")
+    parser.add_argument("--jobs", type=int, default=1, help="concepts at a time, each with its share of the threads")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    sd, records = engine.load(), []
-    for name in arguments.concepts:
-        noun, start = CONCEPTS[name].noun, time.perf_counter()
-        rates = {name: getattr(arguments, name) for name in ("learning_rate", "context_learning_rate")}
-        concept = engine.train_ico(sd, reference_pictures(name), noun, steps=arguments.train_steps, **rates)
-        seconds = time.perf_counter() - start
-        concept.save(arguments.out / f"{name}.safetensors")
-        chosen = {"strength": arguments.strength, "fraction": arguments.fraction, "gain": arguments.gain}
-        dci = engine.DCI(concept, _AUXILIARY[noun], **chosen)
-        judge = Judge(sd, name, arguments.seeds)
-        record: dict[str, Any] = {"concept": name, "training_seconds": round(seconds, 1)}
-        record |= {"judge_accuracy": judge.concept_seen.accuracy, "compression": compression(concept)}
-        prompt = prompts(dci.phrase)[0]
-        record["spread"] = {
-            preset: spread(sd, prompt, replace(dci, preset=preset, fraction=1.0)) for preset in ("calibrated", "paper")
-        }
-        record |= study(judge, concept, dci, arguments.out, name)
-        (image,) = (
-            out := sd.generate(
-                prompt,
-                seed=0,
-                customization=replace(dci, fraction=1.0),
-                record_masks=True,
-                guidance_scale=_GUIDANCE,
-                progress=False,
-            )
-        ).images
-        assert out.masks is not None
-        assert out.masks[0] is not None
-        out.masks[0].figure(image).save(arguments.out / f"{name}-masks.png")
-        records.append(record)
-    settings = {"steps": _STEPS, "guidance_scale": _GUIDANCE, "seeds": arguments.seeds, "contexts": len(BACKGROUNDS)}
-    settings |= {name: getattr(arguments, name) for name in ("train_steps", "strength", "fraction", "gain")} | rates
-    result = {"machine": machine(str(sd.device)), "settings": settings, "dci": records}
+    records = per_concept(study_concept, arguments)
+    settings = {"steps": _STEPS, "guidance_scale": _GUIDANCE, "contexts": len(BACKGROUNDS)}
+    settings |= {
+        name: getattr(arguments, name) for name in (*_RATES, "seeds", "train_steps", "strength", "fraction", "gain")
+    }
+    result = {"machine": machine(), "settings": settings, "dci": records}
     (RESULTS / "dci-tinyworld.json").write_text(json.dumps(result, indent=1) + "\n")
 
 

@@ -20,6 +20,7 @@ from benchmarks.tinyworld.concepts import CONCEPTS, reference_pictures
 from benchmarks.tinyworld.data import grid, to_tensor
 from benchmarks.tinyworld.evaluate import interval
 from benchmarks.tinyworld.evaluator import load_evaluator
+from benchmarks.tinyworld.jobs import per_concept
 from benchmarks.tinyworld.scene import Scene, Thing
 from engine.checkpoint import ASSETS
 
@@ -33,6 +34,18 @@ def prompts(noun: str) -> list[str]:
     return [full_prompt(scene) for scene in scenes]
 
 
+def study_concept(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """Every space of one concept; with ``--ship`` the one in text space is saved for the demo."""
+    sd, records = engine.load(), []
+    for space in arguments.spaces:
+        concept, found = study(sd, name, space, arguments.seeds, arguments.train_steps, arguments.out)
+        records += found
+        if arguments.ship and space == "text":
+            SHIPPED.mkdir(exist_ok=True)
+            concept.save(SHIPPED / f"{name}.safetensors")
+    return records
+
+
 def study(
     sd: engine.Engine, name: str, space: str, seeds: int, train_steps: int, out: Path
 ) -> tuple[engine.Concept, list[dict[str, Any]]]:
@@ -40,7 +53,7 @@ def study(
     noun, evaluator = CONCEPTS[name].noun, load_evaluator()
     judge = ConceptJudge(name, evaluator)
     start = time.perf_counter()
-    concept = engine.train_infusion(sd, reference_pictures(name), noun, steps=train_steps, space=space)
+    concept = engine.train_infusion(sd, reference_pictures(name), noun, steps=train_steps, space=space, progress=False)
     training_seconds = time.perf_counter() - start
     texts, records = prompts(noun), []
     for foundation in ("parallel", "shared"):
@@ -51,6 +64,7 @@ def study(
             steps=_STEPS,
             guidance_scale=_GUIDANCE,
             customization=engine.Infusion([concept], foundation=foundation),
+            progress=False,
         )
         kinds = {"customised": drawn.images}
         if drawn.foundation_images is not None:
@@ -93,19 +107,13 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3, help="pictures per context")
     parser.add_argument("--train-steps", type=int, default=500)
     parser.add_argument("--out", type=Path, default=Path("out/infusion"), help="folder for sheets")
+    parser.add_argument("--jobs", type=int, default=1, help="concepts at a time, each with its share of the threads")
     parser.add_argument("--ship", action="store_true", help="write the text-space concepts to engine/assets/concepts")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    sd, records = engine.load(), []
-    for name in arguments.concepts:
-        for space in arguments.spaces:
-            concept, found = study(sd, name, space, arguments.seeds, arguments.train_steps, arguments.out)
-            records += found
-            if arguments.ship and space == "text":
-                SHIPPED.mkdir(exist_ok=True)
-                concept.save(SHIPPED / f"{name}.safetensors")
+    records = per_concept(study_concept, arguments)
     settings = {"steps": _STEPS, "guidance_scale": _GUIDANCE, "seeds": arguments.seeds, "contexts": len(BACKGROUNDS)}
-    record = {"machine": machine(str(sd.device)), "settings": settings, "infusion": records}
+    record = {"machine": machine(), "settings": settings, "infusion": [record for found in records for record in found]}
     (RESULTS / "infusion-tinyworld.json").write_text(json.dumps(record, indent=1) + "\n")
 
 
