@@ -3,6 +3,7 @@
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
+CONCEPTS := engine/assets/concepts
 
 .PHONY: demo test test-slow check bench clean
 
@@ -19,6 +20,13 @@ demo: $(BIN)/.installed
 	    "pixel art of an orange house under the night sky" "a photo of a yellow dog in a meadow" \
 	    "a photo of a white boat on a beach" "a photo of a pink backpack in a forest" \
 	    "a photo of an orange tree in a desert"
+	$(BIN)/twinstream generate --out $(OUT)/infusion --grid --seed 3 --steps 30 --guidance-scale 4 \
+	    --concept $(CONCEPTS)/striped-cat.safetensors \
+	    "a photo of a cat on a beach" "a photo of a cat in the snow" \
+	    "a photo of a cat under the night sky" "a photo of a cat in a desert"
+	$(BIN)/twinstream generate --out $(OUT)/two-concepts --grid --seed 5 --steps 30 --guidance-scale 4 \
+	    --concept $(CONCEPTS)/striped-cat.safetensors --concept $(CONCEPTS)/star-car.safetensors \
+	    "a photo of a cat and a car in a city" "a photo of a car and a cat on a beach"
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest

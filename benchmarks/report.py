@@ -82,7 +82,8 @@ def _infusion(path: Path, result: dict[str, Any]) -> str:
     about, settings = result["machine"], result["settings"]
     lines = [
         "Infusion on tinyworld: 5 reference pictures in 2 contexts, "
-        f"{result['infusion'][0]['train_steps']} steps; then {settings['seeds']} pictures in each of "
+        f"{result['infusion'][0]['train_steps']} steps of {4 * settings['accumulation_steps']} pictures, "
+        f"{settings['jobs']} trainings at a time; then {settings['seeds']} pictures in each of "
         f"{settings['contexts']} contexts, ddim {settings['steps']} steps, "
         f"guidance {settings['guidance_scale']:g}, commit {about['commit'][:9]} "
         f"([{path.name}](benchmarks/results/{path.name})); % with 95 % intervals, the foundation's own pictures in "

@@ -1,18 +1,21 @@
 """The embedded model: small enough to ship, the same through diffusers, and it draws what it is asked for."""
 
 import threading
+import warnings
+from pathlib import Path
 
 import diffusers
 import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import engine
 from benchmarks.tinyworld.captions import full_prompt
 from benchmarks.tinyworld.data import HELD_OUT_SEED, scene_at, to_tensor
 from benchmarks.tinyworld.evaluate import score
 from benchmarks.tinyworld.evaluator import load_evaluator
-from engine.checkpoint import EMBEDDED_MODEL
+from engine.checkpoint import ASSETS, EMBEDDED_MODEL
 from tests.pipelines import relative_error
 
 
@@ -75,3 +78,26 @@ def test_it_draws_what_it_is_asked_for(tiny: engine.Engine) -> None:
     right = score(to_tensor(images), scenes, load_evaluator())
     for name in ("object", "colour", "background"):
         assert sum(right[name]) >= 10, name
+
+
+def test_words_attend_to_their_things(tiny: engine.Engine) -> None:
+    """Where the picture is red, the car's map is high: Infusion and DCI rest on this."""
+    options = {"steps": 15, "guidance_scale": 4.0, "seed": 1, "attention_words": ["car"], "progress": False}
+    out = tiny.generate("a photo of a red car in the snow", **options)
+    picture = np.asarray(out.images[0].resize((16, 16), Image.Resampling.BOX)).astype(float)
+    red = picture[..., 0] - picture[..., 1:].mean(axis=-1) > 60
+    assert out.attention is not None
+    heat = out.attention.heat_map("car")
+    assert 5 < red.sum() < 120
+    assert heat[red].mean() > 3 * heat[~red].mean()
+
+
+@pytest.mark.parametrize("path", sorted((ASSETS / "concepts").glob("*.safetensors")), ids=lambda path: path.stem)
+def test_shipped_concepts_fit_the_model(tiny: engine.Engine, path: Path) -> None:
+    concept = engine.Concept.load(path)
+    custom = engine.Infusion([concept])
+    options = {"steps": 2, "seed": 0, "output": "latent", "progress": False}
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")  # one of another model would warn
+        out = tiny.generate(f"a {concept.noun} on a beach", customization=custom, **options)
+    assert not torch.equal(out.images[0], out.foundation_images[0])

@@ -30,7 +30,7 @@ from benchmarks.tinyworld.concepts import CONCEPTS, reference_pictures
 from benchmarks.tinyworld.data import grid, to_tensor
 from benchmarks.tinyworld.evaluate import interval
 from benchmarks.tinyworld.evaluator import load_evaluator
-from benchmarks.tinyworld.jobs import per_concept
+from benchmarks.tinyworld.jobs import side_by_side
 from benchmarks.tinyworld.scene import Scene, Thing
 from engine.dci import PRESETS
 from engine.denoise import denoise
@@ -197,7 +197,7 @@ def main() -> None:
     parser.add_argument("--jobs", type=int, default=1, help="concepts at a time, each with its share of the threads")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    records = per_concept(study_concept, arguments)
+    records = side_by_side(study_concept, [(name, arguments) for name in arguments.concepts], arguments.jobs)
     settings = {"steps": _STEPS, "guidance_scale": _GUIDANCE, "contexts": len(BACKGROUNDS)}
     settings |= {
         name: getattr(arguments, name) for name in (*_RATES, "seeds", "train_steps", "strength", "fraction", "gain")

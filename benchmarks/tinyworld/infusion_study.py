@@ -20,7 +20,7 @@ from benchmarks.tinyworld.concepts import CONCEPTS, reference_pictures
 from benchmarks.tinyworld.data import grid, to_tensor
 from benchmarks.tinyworld.evaluate import interval
 from benchmarks.tinyworld.evaluator import load_evaluator
-from benchmarks.tinyworld.jobs import per_concept
+from benchmarks.tinyworld.jobs import side_by_side
 from benchmarks.tinyworld.scene import Scene, Thing
 from engine.checkpoint import ASSETS
 
@@ -34,26 +34,24 @@ def prompts(noun: str) -> list[str]:
     return [full_prompt(scene) for scene in scenes]
 
 
-def study_concept(name: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
-    """Every space of one concept; with ``--ship`` the one in text space is saved for the demo."""
-    sd, records = engine.load(), []
-    for space in arguments.spaces:
-        concept, found = study(sd, name, space, arguments.seeds, arguments.train_steps, arguments.out)
-        records += found
-        if arguments.ship and space == "text":
-            SHIPPED.mkdir(exist_ok=True)
-            concept.save(SHIPPED / f"{name}.safetensors")
+def study_space(name: str, space: str, arguments: argparse.Namespace) -> list[dict[str, Any]]:
+    """One space of one concept; with ``--ship`` the one in text space is saved for the demo."""
+    concept, records = study(engine.load(), name, space, arguments)
+    if arguments.ship and space == "text":
+        SHIPPED.mkdir(exist_ok=True)
+        concept.save(SHIPPED / f"{name}.safetensors")
     return records
 
 
 def study(
-    sd: engine.Engine, name: str, space: str, seeds: int, train_steps: int, out: Path
+    sd: engine.Engine, name: str, space: str, arguments: argparse.Namespace
 ) -> tuple[engine.Concept, list[dict[str, Any]]]:
     """Train one concept in one space, and measure it under both kinds of foundation."""
     noun, evaluator = CONCEPTS[name].noun, load_evaluator()
-    judge = ConceptJudge(name, evaluator)
+    judge, seeds = ConceptJudge(name, evaluator), arguments.seeds
     start = time.perf_counter()
-    concept = engine.train_infusion(sd, reference_pictures(name), noun, steps=train_steps, space=space, progress=False)
+    options = {"steps": arguments.train_steps, "accumulation_steps": arguments.accumulation_steps, "progress": False}
+    concept = engine.train_infusion(sd, reference_pictures(name), noun, space=space, **options)
     training_seconds = time.perf_counter() - start
     texts, records = prompts(noun), []
     for foundation in ("parallel", "shared"):
@@ -70,7 +68,7 @@ def study(
         if drawn.foundation_images is not None:
             kinds["foundation_pictures"] = drawn.foundation_images
             sheet = grid([*drawn.foundation_images[::seeds], *drawn.images[::seeds]], columns=len(texts))
-            sheet.save(out / f"{name}-{space}.png")
+            sheet.save(arguments.out / f"{name}-{space}.png")
         measured = {}
         for kind, images in kinds.items():
             pictures = to_tensor(images)
@@ -90,7 +88,7 @@ def study(
                 "concept": name,
                 "space": space,
                 "foundation": foundation,
-                "train_steps": train_steps,
+                "train_steps": arguments.train_steps,
                 "training_seconds": round(training_seconds, 1),
                 "judge_accuracy": judge.accuracy,
                 **measured,
@@ -106,13 +104,16 @@ def main() -> None:
     parser.add_argument("--spaces", nargs="+", default=["text", "value"], choices=["text", "value"])
     parser.add_argument("--seeds", type=int, default=3, help="pictures per context")
     parser.add_argument("--train-steps", type=int, default=500)
+    parser.add_argument("--accumulation-steps", type=int, default=4, help="of 4 pictures each")
     parser.add_argument("--out", type=Path, default=Path("out/infusion"), help="folder for sheets")
-    parser.add_argument("--jobs", type=int, default=1, help="concepts at a time, each with its share of the threads")
+    parser.add_argument("--jobs", type=int, default=1, help="trainings at a time, each with its share of the threads")
     parser.add_argument("--ship", action="store_true", help="write the text-space concepts to engine/assets/concepts")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    records = per_concept(study_concept, arguments)
-    settings = {"steps": _STEPS, "guidance_scale": _GUIDANCE, "seeds": arguments.seeds, "contexts": len(BACKGROUNDS)}
+    tasks = [(name, space, arguments) for name in arguments.concepts for space in arguments.spaces]
+    records = side_by_side(study_space, tasks, arguments.jobs)
+    settings = {"steps": _STEPS, "guidance_scale": _GUIDANCE, "contexts": len(BACKGROUNDS)}
+    settings |= {name: getattr(arguments, name) for name in ("seeds", "accumulation_steps", "jobs")}
     record = {"machine": machine(), "settings": settings, "infusion": [record for found in records for record in found]}
     (RESULTS / "infusion-tinyworld.json").write_text(json.dumps(record, indent=1) + "\n")
 
