@@ -25,8 +25,8 @@ demo: $(BIN)/.installed
 	    "a photo of a cat on a beach" "a photo of a cat in the snow" \
 	    "a photo of a cat under the night sky" "a photo of a cat in a desert"
 	$(BIN)/twinstream generate --out $(OUT)/two-concepts --grid --seed 5 --steps 30 --guidance-scale 4 \
-	    --concept $(CONCEPTS)/striped-cat.safetensors --concept $(CONCEPTS)/star-car.safetensors \
-	    "a photo of a cat and a car in a city" "a photo of a car and a cat on a beach"
+	    --concept $(CONCEPTS)/striped-cat.safetensors --concept $(CONCEPTS)/rainbow-backpack.safetensors \
+	    "a photo of a cat and a backpack in a city" "a photo of a backpack and a cat on a beach"
 
 test: $(BIN)/.installed
 	$(BIN)/python -m pytest
