@@ -35,17 +35,33 @@ torch.library.define("twinstream::dbim", _SIGNATURE)
 def dbim_masks_ref(
     q: Tensor, k: Tensor, chosen: Tensor, lengths: Tensor, gates: Tensor, n_heads: int, logits: bool
 ) -> Tensor:
-    """The masks ``m`` (2M, H, N) before the spatial softmax; arguments as of ``dbim_ref``."""
+    """The masks ``m`` (2M, H, N) before the spatial softmax, at least float32; arguments as of ``dbim_ref``."""
+    scores = _scores(q, k, n_heads)
+    return _masks(scores, None if logits else _softmax(scores), chosen, lengths, gates)
+
+
+def _scores(q: Tensor, k: Tensor, n_heads: int) -> Tensor:
     q, k = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k))
-    scores = q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, H, N, S)
-    chosen = chosen[:, None, None, :]
-    if logits:
-        return torch.where(chosen, scores, 0).sum(dim=-1)
-    positions = torch.arange(k.shape[-2], device=k.device)
-    own = ((positions >= 1) & (positions <= lengths[:, None]))[:, None, None, :]
-    token_scale = gates[:, 1].to(scores.dtype).repeat(2)[:, None, None, None]
-    sharpened = torch.where(own, token_scale * scores.softmax(dim=-1), -torch.inf).softmax(dim=-1)
-    return torch.where(chosen, sharpened, 0).sum(dim=-1)
+    return q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5  # (B, H, N, S)
+
+
+def _softmax(scores: Tensor) -> Tensor:
+    return scores.softmax(dim=-1, dtype=torch.promote_types(scores.dtype, torch.float32))
+
+
+def _masks(scores: Tensor, weights: Tensor | None, chosen: Tensor, lengths: Tensor, gates: Tensor) -> Tensor:
+    """From the map, or from logits where there is none. Sums over tokens are products with their indicators."""
+    wide = torch.promote_types(scores.dtype, torch.float32)
+    chosen = chosen[:, None, :, None].to(wide)
+    if weights is None:
+        return (scores.to(wide) @ chosen)[..., 0]
+    positions = torch.arange(scores.shape[-1], device=scores.device)
+    own = ((positions >= 1) & (positions <= lengths[:, None]))[:, None, :, None].to(wide)
+    weights = weights * own.transpose(-1, -2)
+    token_scale = gates[:, 1].to(wide).repeat(2)[:, None, None, None]
+    sharpened = (token_scale * (weights - weights.amax(dim=-1, keepdim=True))).exp()
+    among_chosen, among_own = (sharpened @ torch.cat([chosen, own], dim=-1)).unbind(-1)
+    return among_chosen / among_own
 
 
 def dbim_ref(
@@ -65,15 +81,15 @@ def dbim_ref(
     Returns:
         (2M, N, H*D): mixed outputs of the concept rows, and the auxiliary rows' own.
     """
-    masks = dbim_masks_ref(q, k, chosen, lengths, gates, n_heads, logits)
-    masks = masks.to(torch.promote_types(masks.dtype, torch.float32))
+    scores = _scores(q, k, n_heads)
+    weights = _softmax(scores)
+    masks = _masks(scores, None if logits else weights, chosen, lengths, gates)
     strength, _, space_scale, gain = gates.to(masks.dtype)[:, :, None, None].unbind(1)  # (M, 1, 1)
     concept, auxiliary = (gain * (space_scale * mask).softmax(dim=-1) for mask in masks.chunk(2))
-    weight = torch.sigmoid(concept - strength * auxiliary)[..., None]  # (M, H, N, 1)
-    q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))
-    out = (q @ k.transpose(-1, -2) * q.shape[-1] ** -0.5).softmax(dim=-1) @ v
+    share = torch.sigmoid(concept - strength * auxiliary)[..., None]  # (M, H, N, 1)
+    out = weights.to(v.dtype) @ v.unflatten(-1, (n_heads, -1)).transpose(1, 2)
     concept, auxiliary = out.chunk(2)
-    mixed = (weight * concept + (1 - weight) * auxiliary).to(out.dtype)
+    mixed = (share * concept + (1 - share) * auxiliary).to(out.dtype)
     return torch.cat([mixed, auxiliary]).transpose(1, 2).flatten(2)
 
 
