@@ -101,7 +101,15 @@ def train_ico(
         ValueError: an argument cannot be honoured; the message gives the rule and the value.
         NonFiniteError: the loss became NaN or infinite.
     """
-    check_integer("sample_every", sample_every, 0)
+    options = Options(
+        steps=steps,
+        accumulation_steps=accumulation_steps,
+        folder=None if folder is None else Path(folder),
+        checkpoint_every=checkpoint_every,
+        sample_every=sample_every,
+        callback=callback,
+        progress=progress,
+    )
     if folder is None and sample_prompts is not None:
         raise ValueError("sample_prompts needs a folder for the sheets; give folder too")
     objective = ICOObjective(
@@ -113,7 +121,7 @@ def train_ico(
         learning_rate=check_number("learning_rate", learning_rate, 0.0),
         context_learning_rate=check_number("context_learning_rate", context_learning_rate, 0.0),
         batch_size=check_integer("batch_size", batch_size, 1),
-        accumulation_steps=check_integer("accumulation_steps", accumulation_steps, 1),
+        accumulation_steps=accumulation_steps,
         initial_tokens=initial_tokens,
         placeholder=placeholder,
         masks=masks,
@@ -123,15 +131,6 @@ def train_ico(
         seed=check_integer("seed", seed, 0),
         gradient_checkpointing=check_flag("gradient_checkpointing", gradient_checkpointing),
         sample_prompts=sample_prompts,
-    )
-    options = Options(
-        steps=check_integer("steps", steps, 1),
-        accumulation_steps=accumulation_steps,
-        folder=None if folder is None else Path(folder),
-        checkpoint_every=check_integer("checkpoint_every", checkpoint_every, 1),
-        sample_every=sample_every,
-        callback=callback,
-        progress=check_flag("progress", progress),
     )
     return objective.concept(run(objective, options))
 

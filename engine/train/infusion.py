@@ -91,7 +91,15 @@ def train_infusion(
         ValueError: an argument cannot be honoured; the message gives the rule and the value.
         NonFiniteError: the loss became NaN or infinite.
     """
-    check_integer("sample_every", sample_every, 0)
+    options = Options(
+        steps=steps,
+        accumulation_steps=accumulation_steps,
+        folder=None if folder is None else Path(folder),
+        checkpoint_every=checkpoint_every,
+        sample_every=sample_every,
+        callback=callback,
+        progress=progress,
+    )
     if folder is None and sample_prompts is not None:
         raise ValueError("sample_prompts needs a folder for the sheets; give folder too")
     objective = InfusionObjective(
@@ -100,7 +108,7 @@ def train_infusion(
         noun,
         learning_rate=check_number("learning_rate", learning_rate, 0.0),
         batch_size=check_integer("batch_size", batch_size, 1),
-        accumulation_steps=check_integer("accumulation_steps", accumulation_steps, 1),
+        accumulation_steps=accumulation_steps,
         space=check_choice("space", space, ("text", "value")),
         tokens=check_choice("tokens", tokens, ("last", "all")),
         masks=masks,
@@ -109,15 +117,6 @@ def train_infusion(
         seed=check_integer("seed", seed, 0),
         gradient_checkpointing=check_flag("gradient_checkpointing", gradient_checkpointing),
         sample_prompts=sample_prompts,
-    )
-    options = Options(
-        steps=check_integer("steps", steps, 1),
-        accumulation_steps=accumulation_steps,
-        folder=None if folder is None else Path(folder),
-        checkpoint_every=check_integer("checkpoint_every", checkpoint_every, 1),
-        sample_every=sample_every,
-        callback=callback,
-        progress=check_flag("progress", progress),
     )
     return objective.concept(run(objective, options))
 

@@ -22,6 +22,7 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
+from ..checks import check_flag, check_integer
 from ..concept_file import write_atomically
 from ..errors import NonFiniteError
 
@@ -72,6 +73,12 @@ class Options:
     sample_every: int
     callback: Callback | None
     progress: bool
+
+    def __post_init__(self) -> None:
+        for name in ("steps", "accumulation_steps", "checkpoint_every"):
+            check_integer(name, getattr(self, name), 1)
+        check_integer("sample_every", self.sample_every, 0)
+        check_flag("progress", self.progress)
 
 
 class Terminated(SystemExit):
