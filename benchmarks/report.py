@@ -82,7 +82,8 @@ def _infusion(path: Path, result: dict[str, Any]) -> str:
     about, settings = result["machine"], result["settings"]
     lines = [
         "Infusion on tinyworld: 5 reference pictures in 2 contexts, "
-        f"{result['infusion'][0]['train_steps']} steps of {4 * settings['accumulation_steps']} pictures, "
+        f"{result['infusion'][0]['train_steps']} steps of {4 * settings['accumulation_steps']} pictures "
+        f"{'with masks' if settings['masks'] else 'without masks'}, learning rate {settings['learning_rate']:g}, "
         f"{settings['jobs']} trainings at a time; then {settings['seeds']} pictures in each of "
         f"{settings['contexts']} contexts, ddim {settings['steps']} steps, "
         f"guidance {settings['guidance_scale']:g}, commit {about['commit'][:9]} "
@@ -116,7 +117,7 @@ def _dci(path: Path, result: dict[str, Any]) -> str:
         f"steps, guidance {settings['guidance_scale']:g}; strength {settings['strength']:g} and fraction "
         f"{settings['fraction']:g} where they do not vary, commit {about['commit'][:9]} "
         f"([{path.name}](benchmarks/results/{path.name})); % with 95 % intervals.\n",
-        "| drawn with | concept seen | context right |",
+        "| drawn with | concept seen | background right |",
         "| --- | --- | --- |",
         f"| ICO alone | {_pooled([record['ico'] for record in records])} |",
     ]
@@ -141,9 +142,9 @@ def _dci(path: Path, result: dict[str, Any]) -> str:
 
 
 def _pooled(measured: list[dict[str, Any]]) -> str:
-    """Concept and context over all concepts."""
+    """Concept and background over all concepts."""
     cells = []
-    for what in ("concept", "context"):
+    for what in ("concept", "background"):
         counts = [(round(one[what]["share"] * one[what]["n"]), one[what]["n"]) for one in measured]
         right, n = (sum(column) for column in zip(*counts, strict=True))
         low, high = interval([True] * right + [False] * (n - right))

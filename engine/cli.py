@@ -261,19 +261,13 @@ def _customization(arguments: argparse.Namespace) -> Any:
 
 def _save_grid(out: Result, path: Path) -> Path:
     """All pictures in rows; those that have a foundation stand to the right of its picture."""
-    from PIL import Image
+    from .grid import grid
 
     bases = out.foundation_images or [None] * len(out.images)
     pairs = [(image,) if base is None else (base, image) for base, image in zip(bases, out.images, strict=True)]
     per_row = len(pairs[0]) * math.ceil(math.sqrt(len(pairs) / len(pairs[0])))
     pictures = [picture for pair in pairs for picture in pair]
-    columns = min(per_row, len(pictures))
-    width, height = out.images[0].size
-    rows = math.ceil(len(pictures) / columns)
-    sheet = Image.new("RGB", (columns * width, rows * height), "white")
-    for i, picture in enumerate(pictures):
-        sheet.paste(picture, (i % columns * width, i // columns * height))
-    sheet.save(path)
+    grid(pictures, columns=min(per_row, len(pictures))).save(path)
     return path
 
 

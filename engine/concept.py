@@ -149,6 +149,21 @@ class Concept:
         return read(Path(path))
 
 
+_USES = {
+    "infusion": "must have residuals; use engine.ICO or engine.DCI for tokens, keys and values",
+    "ico": "must have tokens or changes of keys and values; use engine.Infusion for residuals",
+}
+
+
+def check_concepts(name: str, concepts: Any, method: str) -> None:
+    """Raise ``ValueError`` unless these are one or more concepts of a method."""
+    if not isinstance(concepts, list | tuple) or not concepts or not all(isinstance(c, Concept) for c in concepts):
+        raise ValueError(f"{name} must be a list of at least one engine.Concept, got {concepts!r}")
+    for concept in concepts:
+        if concept.method != method:
+            raise ValueError(f"{name} {_USES[method]}, got {concept.name!r}")
+
+
 def _check_tensor(name: str, value: Any, ndim: int, where: str) -> None:
     if not isinstance(value, Tensor) or value.ndim != ndim or not value.is_floating_point() or not value.numel():
         found = tuple(value.shape) if isinstance(value, Tensor) else type(value).__name__

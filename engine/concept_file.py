@@ -128,9 +128,8 @@ def _unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[
                 f"tensors must be tokens, or <layer>.to_k or <layer>.to_v, whole or as .up and .down, found {name!r}"
             )
         changes[f"{_lengthen(layer)}.{projection}"] = Change(*(factor.float() for factor in found))
-    return {"tokens": tokens if tokens is None else tokens.float(), "changes": changes} | {
-        "placeholder": metadata["placeholder"]
-    }
+    tokens = None if tokens is None else tokens.float()
+    return {"tokens": tokens, "placeholder": metadata["placeholder"], "changes": changes}
 
 
 def _half(name: str, tensor: Tensor) -> Tensor:

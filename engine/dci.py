@@ -7,8 +7,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from .checks import check_choice, check_flag, check_number
-from .concept import Concept
-from .ico import check_tuned
+from .concept import Concept, check_concepts
 from .text import Text, TextEncoder, Tokens, find_phrase, word_pattern
 
 PRESETS: dict[str, tuple[float, float, float]] = {  # tau_t, tau_s, gain
@@ -64,7 +63,7 @@ class DCI:
             if not self.concept_or_noun.strip():
                 raise ValueError(f"concept_or_noun must be a word or words, got {self.concept_or_noun!r}")
         else:
-            check_tuned("concept_or_noun", self.concepts)
+            check_concepts("concept_or_noun", self.concepts, "ico")
         if self.auxiliary_noun is None and not self.noun:
             raise ValueError(f"auxiliary_noun must be given for {self.concepts[0].name!r}, which has no noun; got None")
         if self.auxiliary_noun is not None and not (
@@ -102,19 +101,22 @@ class DCI:
         return self.concept_or_noun if isinstance(self.concept_or_noun, str) else self.concepts[0].noun
 
     @property
+    def placeholder(self) -> str:
+        """What stands for the concept's tokens; "" if it has none."""
+        return self.concepts[0].placeholder if self.concepts and self.concepts[0].tokens is not None else ""
+
+    @property
     def phrase(self) -> str:
         """How a prompt names the concept in full."""
-        if not self.concepts or self.concepts[0].tokens is None:
-            return self.noun
-        return f"{self.concepts[0].placeholder} {self.noun}".strip()
+        return f"{self.placeholder} {self.noun}".strip()
 
     @property
     def pattern(self) -> str:
         """A regular expression for the concept's name in a prompt: its placeholder, and its noun behind that."""
-        if not self.concepts or self.concepts[0].tokens is None:
+        if not self.placeholder:
             return word_pattern(self.noun)
         noun = rf"(?:\s+{word_pattern(self.noun)})?" if self.noun else ""
-        return word_pattern(self.concepts[0].placeholder) + noun
+        return word_pattern(self.placeholder) + noun
 
     @property
     def auxiliary(self) -> str:
@@ -191,8 +193,8 @@ def make_branches(prompt: str, dci: DCI, text_encoder: TextEncoder) -> Branches:
         ValueError: the concept is absent from the prompt, there more than once, or cut off.
     """
     whole = text_encoder.tokenize(prompt, dci.concepts)
-    found = find_phrase(whole, dci.pattern, dci.phrase)  # checks the whole prompt, whichever branch sees it
-    _check_noun_follows(whole, dci, found)
+    find_phrase(whole, dci.pattern, dci.phrase)  # checks the whole prompt, whichever branch sees it
+    _check_noun_follows(whole, dci)
     concept_prompt = _with_article("a photo of a", dci.phrase) if dci.separate_prompts else prompt
     texts = (Text(concept_prompt, dci.concepts), Text(replace_phrase(prompt, dci), dci.concepts))
     concept, auxiliary = (text_encoder.tokenize(text.prompt, text.concepts) for text in texts)
@@ -220,17 +222,11 @@ def _with_article(text: str, noun: str) -> str:
     return f"{text}n {noun}" if noun[0].lower() in "aeiou" else f"{text} {noun}"
 
 
-def _check_noun_follows(whole: Tokens, dci: DCI, found: list[int]) -> None:
+def _check_noun_follows(whole: Tokens, dci: DCI) -> None:
     """A noun that does not follow its placeholder would stay in the auxiliary prompt."""
-    if dci.phrase == dci.noun or not dci.noun:
-        return
-    rest = "".join(c for i, c in enumerate(whole.text) if not any(a <= i < b for a, b in _spans(whole, found)))
-    if re.search(word_pattern(dci.noun), rest, re.IGNORECASE):
+    rest = re.sub(dci.pattern, "", whole.text, flags=re.IGNORECASE)
+    if dci.placeholder and dci.noun and re.search(word_pattern(dci.noun), rest, re.IGNORECASE):
         raise ValueError(f"the prompt must have {dci.noun!r} right behind the placeholder, got {whole.text!r}")
-
-
-def _spans(text: Tokens, positions: list[int]) -> list[tuple[int, int]]:
-    return [text.spans[at - 1] for at in positions]
 
 
 def _stand_in(auxiliary: Tokens, whole: Tokens, dci: DCI) -> set[int]:

@@ -8,9 +8,9 @@ from typing import Any
 
 from torch import Tensor
 
-from .concept import Change, Concept
+from .concept import Change, Concept, check_concepts
 from .errors import ConceptFileError
-from .infusion import warn_of_other_base
+from .infusion import check_base
 from .text import Text, TextEncoder
 from .unet import UNet2DConditionModel
 
@@ -30,7 +30,7 @@ class ICO:
     concepts: Sequence[Concept]
 
     def __post_init__(self) -> None:
-        check_tuned("concepts", self.concepts)
+        check_concepts("concepts", self.concepts, "ico")
 
     def settings(self) -> dict[str, Any]:
         """How a result describes it."""
@@ -39,18 +39,6 @@ class ICO:
             for concept in self.concepts
         ]
         return {"method": "ico", "concepts": concepts}
-
-
-def check_tuned(name: str, concepts: Any) -> None:
-    """Raise ``ValueError`` unless these are concepts with tokens or changes."""
-    if not isinstance(concepts, list | tuple) or not concepts or not all(isinstance(c, Concept) for c in concepts):
-        raise ValueError(f"{name} must be at least one engine.Concept, got {concepts!r}")
-    for concept in concepts:
-        if concept.method != "ico":
-            raise ValueError(
-                f"{name} must have tokens or changes of keys and values; use engine.Infusion for "
-                f"residuals, got {concept.name!r}"
-            )
 
 
 def encode_texts(
@@ -66,13 +54,11 @@ def encode_texts(
     context = text_encoder.encode([text_encoder.tokenize(text.prompt, text.concepts) for text in texts])
     projected = unet.text_kv(context)
     context = context.to(unet.conv_in.weight.dtype)
+    rows = dict(zip(unet.text_projections, (tensor for pair in projected for tensor in pair), strict=True))
     for i, text in enumerate(texts):
         for concept in text.concepts:
-            changes = changes_of(concept)
-            for layer, (keys, values) in zip(unet.cross_attentions, projected, strict=True):
-                for projection, rows in (("to_k", keys), ("to_v", values)):
-                    if (change := changes.get(f"{layer}.{projection}")) is not None:
-                        rows[i] += change(context[i])
+            for name, change in changes_of(concept).items():
+                rows[name][i] += change(context[i])
     return projected
 
 
@@ -83,17 +69,13 @@ def fit_changes(concept: Concept, unet: UNet2DConditionModel, base: tuple[float,
         ConceptFileError: they do not fit the model. Ones of another model of the same sizes, told by its fingerprint
             ``base``, are used with a warning.
     """
-    expected = {
-        f"{name}.{projection}": tuple(getattr(attn2, projection).weight.shape)
-        for name, attn2 in unet.cross_attentions.items()
-        for projection in ("to_k", "to_v")
-    }
     for name, change in concept.changes.items():
-        if name not in expected:
+        if name not in unet.text_projections:
             raise ConceptFileError(f"concept {concept.name!r}: this model has no cross-attention projection {name}")
-        if change.shape != expected[name]:
-            rule = f"concept {concept.name!r}: {name}: this model's is {expected[name]}"
+        expected = tuple(unet.text_projections[name].weight.shape)
+        if change.shape != expected:
+            rule = f"concept {concept.name!r}: {name}: this model's is {expected}"
             raise ConceptFileError(f"{rule}, found {change.shape}")
-    warn_of_other_base(concept, base)
+    check_base(concept, base)
     weight = unet.conv_in.weight
     return {name: change.to(weight.device, weight.dtype) for name, change in concept.changes.items()}

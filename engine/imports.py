@@ -58,16 +58,16 @@ def import_custom_diffusion(
         ConceptFileError: the file is a pickle, belongs to another model, or tunes more than keys and values.
     """
     path = Path(path)
-    layers, changes = sd.unet.cross_attentions, dict[str, Change]()
+    changes = dict[str, Change]()
     for name, weight in _read(path).items():
         found = _TUNED.match(name)
         if found is None:
             rule = "only keys and values of cross-attention are text-side data, which a concept can hold"
             raise ConceptFileError(f"{path}: {rule}; found {name}")
         layer, projection = found.groups()
-        if layer not in layers:
+        if layer not in sd.unet.cross_attentions:
             raise ConceptFileError(f"{path}: this model has no cross-attention layer {layer}")
-        own: Tensor = getattr(layers[layer], projection).weight
+        own = sd.unet.text_projections[f"{layer}.{projection}"].weight
         if own.shape != weight.shape:
             shapes = f"{tuple(own.shape)} here, found {tuple(weight.shape)}"
             raise ConceptFileError(f"{path}: {layer}.{projection} is {shapes}")

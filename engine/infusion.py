@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 
 from .checks import check_choice
-from .concept import Concept
+from .concept import Concept, check_concepts
 from .errors import ConceptFileError
 from .text import Tokens, find_noun
 from .transformer import CrossAttention
@@ -51,12 +51,7 @@ class Infusion:
 
     def __post_init__(self) -> None:
         concepts = self.concepts
-        if not isinstance(concepts, list | tuple) or not concepts or not all(isinstance(c, Concept) for c in concepts):
-            raise ValueError(f"concepts must be a list of at least one engine.Concept, got {concepts!r}")
-        for concept in concepts:
-            if concept.method != "infusion":
-                rule = "concepts must have residuals; use engine.ICO or engine.DCI for tokens, keys and values"
-                raise ValueError(f"{rule}, got {concept.name!r}")
+        check_concepts("concepts", concepts, "infusion")
         check_choice("foundation", self.foundation, ("parallel", "shared"))
         check_choice("unconditional_maps", self.unconditional_maps, ("foundation", "own"))
         check_choice("tokens", self.tokens, ("last", "all"))
@@ -132,8 +127,8 @@ def project_residual(attn2: CrossAttention, residual: Tensor, space: str) -> Ten
     return torch.einsum("chd,hd->hc", weight, value.unflatten(0, (attn2.n_heads, -1)))
 
 
-def warn_of_other_base(concept: Concept, base: tuple[float, ...]) -> None:
-    """Warn if a concept was trained on a model of another fingerprint."""
+def check_base(concept: Concept, base: tuple[float, ...]) -> None:
+    """Warn if a concept was trained on a model of another fingerprint; one of another length is an error."""
     if concept.base and len(concept.base) != len(base):
         found = f"base must have {len(base)} numbers here, found {len(concept.base)}"
         raise ConceptFileError(f"concept {concept.name!r}: {found}")
@@ -151,7 +146,7 @@ def project(concept: Concept, unet: UNet2DConditionModel, base: tuple[float, ...
             fingerprint ``base``, is used with a warning.
     """
     check_fit(concept, unet)
-    warn_of_other_base(concept, base)
+    check_base(concept, base)
     like = unet.conv_in.weight
     return tuple(
         project_residual(attn2, concept.residuals[name].to(like.device, torch.float32), concept.space).to(like.dtype)

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from .attention import heat_overlay, layer_size, scaled
 from .conditioning import ObserveMasks
+from .grid import grid
 
 
 @dataclass(frozen=True, slots=True)
@@ -43,10 +44,7 @@ class BranchMasks:
         """The picture, and the mask over it at every scale, the finest first."""
         panels = [picture.convert("RGB")]
         panels += [heat_overlay(picture, self.heat_map(size), opacity) for size in self.sizes]
-        sheet = Image.new("RGB", (len(panels) * picture.width, picture.height))
-        for i, panel in enumerate(panels):
-            sheet.paste(panel, (i * picture.width, 0))
-        return sheet
+        return grid(panels, columns=len(panels))
 
 
 class MaskRecorder:

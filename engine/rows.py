@@ -79,7 +79,7 @@ def make_plans(
         request: what to draw.
         steps: how many steps are taken.
         text_encoder: tokenizes prompts.
-        encode: gives keys and values of texts; each distinct text of a phase is encoded once.
+        encode: gives keys and values of texts; each distinct text is encoded once, for all phases.
         project: gives a concept's projected residual values (H, C), per layer.
         device: where the plans' tensors go.
 
@@ -91,7 +91,7 @@ def make_plans(
     """
     ends = {custom.mixing_steps(steps) for custom in request.customizations if isinstance(custom, DCI)}
     bounds = sorted({0, steps} | ends)
-    plans, before = [], None
+    phases = []
     for first, last in pairwise(bounds):
         rows = _Rows(request, text_encoder)
         for i, custom in enumerate(request.customizations):
@@ -101,9 +101,14 @@ def make_plans(
                 rows.add_dci(i, custom, mixes=first < custom.mixing_steps(steps))
             else:
                 rows.add_plain(i, () if custom is None else tuple(custom.concepts))
+        phases.append((last - first, rows))
+    texts = list(dict.fromkeys(text for _, rows in phases for text in rows.texts()))
+    text_kv = encode(texts)
+    plans, before = [], list(phases[0][1].trajectories)
+    for n_steps, rows in phases:
         order = list(rows.trajectories)
-        inherits = range(len(order)) if before is None else [before.index(key) for key in order]
-        plans.append(rows.plan(last - first, inherits, encode, project, device))
+        inherits = [before.index(key) for key in order]
+        plans.append(rows.plan(n_steps, inherits, texts, text_kv, project, device))
         before = order
     return plans
 
@@ -165,13 +170,21 @@ class _Rows:
         self._guide(unconditional, self._own(_AUXILIARY, auxiliary, branches.texts[1]))
         self.pairs.append((i, dci, branches))
 
+    def texts(self) -> list[Text]:
+        """The text of each map-owning row."""
+        return [text for segment in self.owners.values() for _, text in segment]
+
     def plan(
-        self, steps: int, inherits: Sequence[int], encode: Encode, project: Project, device: torch.device
+        self,
+        steps: int,
+        inherits: Sequence[int],
+        texts: list[Text],
+        text_kv: TextKV,
+        project: Project,
+        device: torch.device,
     ) -> RowPlan:
         owners = [owner for segment in self.owners.values() for owner in segment]
-        texts = list(dict.fromkeys(text for _, text in owners))
         slots = self._slots(len(owners))
-        text_kv = encode(texts)
         columns_wanted = self.followers or self.request.attention_words
 
         def index(values: Sequence[int]) -> Tensor:
@@ -270,10 +283,11 @@ class _Rows:
 
     def _check_placeholders(self, i: int, concepts: tuple[Concept, ...]) -> None:
         """What a concept has learned must have its place in the prompt."""
-        tokens = self.text_encoder.tokenize(self.request.prompts[i], concepts)
-        for concept in concepts:
-            if concept.tokens is not None:
-                find_phrase(tokens, word_pattern(concept.placeholder), concept.placeholder, 0)
+        placeholders = [concept.placeholder for concept in concepts if concept.tokens is not None]
+        if placeholders:
+            tokens = self.text_encoder.tokenize(self.request.prompts[i], concepts)
+            for placeholder in placeholders:
+                find_phrase(tokens, word_pattern(placeholder), placeholder, 0)
 
     def _new_trajectory(self, key: Hashable, start: int) -> int:
         self.trajectories[key] = start

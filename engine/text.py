@@ -73,9 +73,8 @@ class TextEncoder:
         Raises:
             ValueError: two concepts have one placeholder, or tokens that are not the encoder's width.
         """
-        if (
-            not self._fits
-        ):  # told here, not at load: the UNet and VAE of a single file can be used without its tokenizer
+        # told here, not at load: the UNet and VAE of a single file can be used without its tokenizer
+        if not self._fits:
             size = self.model.config.vocab_size
             raise ValueError(
                 f"the tokenizer's ids must fit the text encoder's {size} tokens, got {len(self.tokenizer)}; give the "

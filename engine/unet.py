@@ -129,6 +129,9 @@ class UNet2DConditionModel(nn.Module):
         self.resnets = [module for module in layers if isinstance(module, UNetResnet)]
         # by the names that concepts use ("...attn2")
         self.cross_attentions = {names[m]: m for m in layers if isinstance(m, CrossAttention)}
+        self.text_projections = {  # "...attn2.to_k", "...attn2.to_v", in the order of ``text_kv``
+            f"{name}.{part}": getattr(m, part) for name, m in self.cross_attentions.items() for part in ("to_k", "to_v")
+        }
         for i, resnet in enumerate(self.resnets):
             resnet.layer = i
         for i, attn2 in enumerate(self.cross_attentions.values()):

@@ -33,12 +33,3 @@ def to_images(pictures: Tensor) -> list[Image.Image]:
 def pictures_at(indices: range, seed: int = TRAIN_SEED, *, patterned: bool = False) -> Tensor:
     """The pictures of scenes ``indices`` as one tensor."""
     return to_tensor([draw(scene_at(index, seed, patterned=patterned)) for index in indices])
-
-
-def grid(images: list[Image.Image], columns: int) -> Image.Image:
-    """Paste pictures of one size into a sheet, row by row."""
-    width, height = images[0].size
-    sheet = Image.new("RGB", (columns * width, -(-len(images) // columns) * height), "white")
-    for i, image in enumerate(images):
-        sheet.paste(image, (i % columns * width, i // columns * height))
-    return sheet

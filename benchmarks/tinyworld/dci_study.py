@@ -24,16 +24,11 @@ import engine
 from benchmarks.machine import RESULTS, machine
 from benchmarks.systems import default_request
 from benchmarks.tinyworld.backgrounds import BACKGROUNDS
-from benchmarks.tinyworld.captions import full_prompt
-from benchmarks.tinyworld.concept_judge import ConceptJudge
 from benchmarks.tinyworld.concepts import CONCEPTS, reference_pictures
-from benchmarks.tinyworld.data import grid, to_tensor
-from benchmarks.tinyworld.evaluate import interval
-from benchmarks.tinyworld.evaluator import load_evaluator
-from benchmarks.tinyworld.jobs import side_by_side
-from benchmarks.tinyworld.scene import Scene, Thing
+from benchmarks.tinyworld.studies import GUIDANCE_SCALE, STEPS, Judge, prompts, side_by_side
 from engine.dci import PRESETS
 from engine.denoise import denoise
+from engine.grid import grid
 from engine.rows import make_plans
 from engine.samplers import make_table
 
@@ -47,60 +42,22 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 RANKS = (8, 16, 32)
 _AUXILIARY = {"cat": "dog", "dog": "cat", "car": "boat", "teapot": "mug", "backpack": "shoe"}
-_STEPS, _GUIDANCE = 50, 4.0
 _RATES = ("learning_rate", "context_learning_rate")
 _FIGURE_CONTEXTS = (0, 2, 6)  # beach, snow, room
-
-
-def prompts(phrase: str) -> list[str]:
-    """One prompt per background; ``phrase`` names the object."""
-    scenes = (Scene((Thing(phrase, ""),), background, "blue") for background in BACKGROUNDS)
-    return [full_prompt(scene) for scene in scenes]
-
-
-class Judge:
-    """Draws a concept in every context and says what is seen."""
-
-    def __init__(self, sd: engine.Engine, name: str, seeds: int) -> None:
-        self.sd, self.seeds, self.evaluator = sd, seeds, load_evaluator()
-        self.concept_seen = ConceptJudge(name, self.evaluator)
-
-    def __call__(self, phrase: str, customization: Any) -> tuple[list[Image.Image], dict[str, Any]]:
-        """Pictures, ``seeds`` for each context in turn, and the shares that are right."""
-        texts = prompts(phrase)
-        drawn = self.sd.generate(
-            texts,
-            images_per_prompt=self.seeds,
-            seed=list(range(self.seeds)) * len(texts),
-            steps=_STEPS,
-            guidance_scale=_GUIDANCE,
-            customization=customization,
-            progress=False,
-        )
-        pictures = to_tensor(drawn.images)
-        wanted = [background for background in BACKGROUNDS for _ in range(self.seeds)]
-        seen = self.evaluator.classify(pictures)
-        verdicts = {
-            "concept": self.concept_seen(pictures),
-            "context": [one.background == background for one, background in zip(seen, wanted, strict=True)],
-        }
-        return drawn.images, {
-            what: {"share": sum(right) / len(right), "interval": interval(right), "n": len(right)}
-            for what, right in verdicts.items()
-        }
 
 
 def study(judge: Judge, concept: engine.Concept, dci: engine.DCI, out: Path, name: str) -> dict[str, Any]:
     """Every sweep of one concept; figures go to ``out``."""
     phrase = dci.phrase
-    alone, measured = judge(phrase, engine.ICO([concept]))
-    found: dict[str, Any] = {"ico": measured, "strength": [], "fraction": [], "ablation": []}
+    alone = judge.draw(phrase, engine.ICO([concept])).images
+    found: dict[str, Any] = {"ico": judge(alone), "strength": [], "fraction": [], "ablation": []}
     columns: dict[str, list[list[Image.Image]]] = {"strength": [alone], "fraction": [], "ablation": [alone]}
     settings = [("strength", value, {"strength": value}) for value in STRENGTHS]
     settings += [("fraction", value, {"fraction": value}) for value in FRACTIONS]
     settings += [("ablation", what, changes) for what, changes in ABLATIONS.items()]
     for sweep, value, changes in settings:
-        images, measured = judge(phrase, replace(dci, **changes))
+        images = judge.draw(phrase, replace(dci, **changes)).images
+        measured = judge(images)
         found[sweep].append({"value": value, **measured})
         columns[sweep].append(images)
         print(name, sweep, value, {what: round(one["share"], 2) for what, one in measured.items()}, flush=True)
@@ -123,7 +80,7 @@ class _Gates:
 @torch.no_grad()
 def spread(sd: engine.Engine, prompt: str, dci: engine.DCI) -> list[dict[str, float]]:
     """How the concept's weight w = sigmoid(s_c - lambda s_a) is distributed at each scale, over steps and heads."""
-    request = default_request(sd, prompt, customization=dci, seed=0, steps=_STEPS, guidance_scale=_GUIDANCE)
+    request = default_request(sd, prompt, customization=dci, seed=0, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
     table = make_table(request.sampler, sd.schedule, request.steps, request.eta, request.begin)
     plans = make_plans(request, len(table), sd.text_encoder, sd._encode, sd._project, sd.device)
     start, noise = sd._start(request, table)
@@ -169,7 +126,9 @@ def study_concept(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
     dci = engine.DCI(concept, _AUXILIARY[noun], **settings)
     prompt, judge = prompts(dci.phrase)[0], Judge(sd, name, arguments.seeds)
     whole = replace(dci, fraction=1.0)
-    out = sd.generate(prompt, seed=0, guidance_scale=_GUIDANCE, customization=whole, record_masks=True, progress=False)
+    out = sd.generate(
+        prompt, seed=0, guidance_scale=GUIDANCE_SCALE, customization=whole, record_masks=True, progress=False
+    )
     assert out.masks is not None
     assert out.masks[0] is not None
     out.masks[0].figure(out.images[0]).save(arguments.out / f"{name}-masks.png")
@@ -198,7 +157,7 @@ def main() -> None:
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
     records = side_by_side(study_concept, [(name, arguments) for name in arguments.concepts], arguments.jobs)
-    settings = {"steps": _STEPS, "guidance_scale": _GUIDANCE, "contexts": len(BACKGROUNDS)}
+    settings = {"steps": STEPS, "guidance_scale": GUIDANCE_SCALE, "contexts": len(BACKGROUNDS)}
     settings |= {
         name: getattr(arguments, name) for name in (*_RATES, "seeds", "train_steps", "strength", "fraction", "gain")
     }

@@ -19,9 +19,10 @@ from torch import Tensor
 
 from benchmarks.machine import RESULTS, machine
 from benchmarks.tinyworld.captions import FACING_NOUNS, full_prompt
-from benchmarks.tinyworld.data import HELD_OUT_SEED, grid, pictures_at, scene_at, to_tensor
+from benchmarks.tinyworld.data import HELD_OUT_SEED, pictures_at, scene_at, to_tensor
 from benchmarks.tinyworld.evaluator import EVALUATOR_PATH, Attributes, Evaluator, load_evaluator
 from benchmarks.tinyworld.scene import Scene
+from engine.grid import grid
 
 if TYPE_CHECKING:
     from engine import Engine

@@ -19,7 +19,7 @@ from torch import Tensor
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 from benchmarks.tinyworld.captions import caption, full_prompt
-from benchmarks.tinyworld.data import HELD_OUT_SEED, TRAIN_SEED, grid, pictures_at, scene_at
+from benchmarks.tinyworld.data import HELD_OUT_SEED, TRAIN_SEED, pictures_at, scene_at
 from benchmarks.tinyworld.grounding import MAX_THINGS, Words, place_loss, read_words
 from benchmarks.tinyworld.scene import Scene, silhouettes
 from benchmarks.tinyworld.train_vae import VAE_CONFIG
@@ -27,6 +27,7 @@ from benchmarks.tinyworld.training import EMA, Optimizer, Run
 from engine.conditioning import Conditioning, Following
 from engine.config import ScheduleConfig, UNetConfig, VAEConfig
 from engine.engine import Engine
+from engine.grid import grid
 from engine.kernels.cross_attention import cross_attention_ref
 from engine.ops import TORCH
 from engine.schedule import alphas_cumprod

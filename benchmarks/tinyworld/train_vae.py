@@ -13,10 +13,11 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor
 
-from benchmarks.tinyworld.data import HELD_OUT_SEED, grid, pictures_at, to_images
+from benchmarks.tinyworld.data import HELD_OUT_SEED, pictures_at, to_images
 from benchmarks.tinyworld.evaluate import psnr_db, reconstruct
 from benchmarks.tinyworld.training import EMA, Optimizer, Run
 from engine.config import VAEConfig
+from engine.grid import grid
 from engine.vae import AutoencoderKL
 
 VAE_CONFIG: dict[str, Any] = {

@@ -18,6 +18,8 @@ from ..schedule import alphas_cumprod
 from ..transformer import Transformer2DModel
 from ..unet import UNet2DConditionModel, UNetResnet
 
+SAMPLE_SEEDS, SAMPLE_STEPS = (0, 1, 2, 3), 25  # of sample sheets
+
 
 @dataclass(frozen=True, slots=True)
 class Noised:

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +16,10 @@ from ..checks import check_choice, check_flag, check_integer, check_number
 from ..concept import Change, Concept
 from ..conditioning import Conditioning
 from ..engine import Engine
+from ..grid import grid
 from ..ico import ICO, TextKV
 from ..text import TextEncoder, Tokens
-from .denoising import Noiser, autocast, differentiable, training_size, weighted_mean
+from .denoising import SAMPLE_SEEDS, SAMPLE_STEPS, Noiser, autocast, differentiable, training_size, weighted_mean
 from .loop import Callback, Options, run
 from .pictures import Pictures, make_generator
 
@@ -28,8 +30,6 @@ SCHEMES: dict[str, tuple[int, int, int]] = {  # tokens before the concept, after
 _PREFIX, _SUFFIX = "a photo of a", "."
 _BEFORE, _AFTER = "<before>", "<after>"  # stand in for an image's contexts
 _RARE_SHARE = 20  # tokens are chosen from the last twentieth of the vocabulary, whose merges are its rarest
-_SAMPLE_SEEDS = (0, 1, 2, 3)
-_SAMPLE_STEPS = 25
 _PRIOR_BATCH = 4
 
 
@@ -175,11 +175,11 @@ class ICOObjective:
             "after": nn.Parameter(after.repeat(n_pictures, 1, 1)),
         }
         if train_kv:
-            for name, attn2 in sd.unet.cross_attentions.items():
-                for projection in ("to_k", "to_v"):
-                    weight: Tensor = getattr(attn2, projection).weight
-                    self.parameters[f"{name}.{projection}"] = nn.Parameter(torch.zeros_like(weight.float()))
-        self.concept(0)  # checks noun and placeholder
+            for name, projection in sd.unet.text_projections.items():
+                self.parameters[name] = nn.Parameter(torch.zeros_like(projection.weight, dtype=torch.float32))
+        marks = {_BEFORE: before, placeholder: tokens, _AFTER: after}
+        concepts = [Concept("", tokens=vectors, placeholder=mark) for mark, vectors in marks.items()]
+        self.prompt = text.tokenize(f"{_BEFORE} {placeholder} {noun} {_AFTER}", concepts)
         self.sample_prompts = [f"a photo of a {placeholder} {noun}"] if sample_prompts is None else list(sample_prompts)
         for prompt in self.sample_prompts:
             if placeholder not in prompt:
@@ -235,32 +235,25 @@ class ICOObjective:
 
     def _prompt(self, picture: int) -> Tokens:
         """The training prompt of a picture; gradients reach its vectors."""
-        parts = {_BEFORE: "before", self.placeholder: "tokens", _AFTER: "after"}
-        vectors = {mark: self.parameters[name] for mark, name in parts.items()}
-        concepts = [
-            Concept("", tokens=vector if vector.ndim == 2 else vector[picture], placeholder=mark)
-            for mark, vector in vectors.items()
-        ]
-        return self.sd.text_encoder.tokenize(f"{_BEFORE} {self.placeholder} {self.noun} {_AFTER}", concepts)
+        before, after = self.parameters["before"][picture], self.parameters["after"][picture]
+        vectors = torch.cat([before, self.parameters["tokens"], after])
+        places = (at for at, _ in self.prompt.learned)
+        return replace(self.prompt, learned=tuple(zip(places, vectors, strict=True)))
 
     def _text_kv(self, context: Tensor) -> TextKV:
-        pairs = []
-        for name, attn2 in self.unet.cross_attentions.items():
-            pair = []
-            for projection in ("to_k", "to_v"):
-                projected = getattr(attn2, projection)(context)
-                if (change := self.parameters.get(f"{name}.{projection}")) is not None:
-                    projected = projected + F.linear(context, change.to(context.dtype))
-                pair.append(projected)
-            pairs.append(tuple(pair))
-        return tuple(pairs)
+        rows = []
+        for name, projection in self.unet.text_projections.items():
+            change = self.parameters.get(name)
+            own = projection(context)
+            rows.append(own if change is None else own + F.linear(context, change.to(context.dtype)))
+        return tuple(zip(rows[::2], rows[1::2], strict=True))
 
     def concept(self, steps: int) -> Concept:
         """The concept as it is now, after ``steps`` steps."""
         values = {name: parameter.detach().cpu().clone() for name, parameter in self.parameters.items()}
-        changes = {name: Change(value) for name, value in values.items() if name.endswith((".to_k", ".to_v"))}
+        changes = {name: Change(values[name]) for name in self.sd.unet.text_projections if name in values}
         kept = ("model", "scheme", "learning_rate", "context_learning_rate", "batch_size", "pictures", "seed")
-        training = {name: self.settings[name] for name in kept} if steps else {}
+        training = {name: self.settings[name] for name in kept}
         return Concept(
             self.noun,
             base=self.sd.fingerprint,
@@ -272,24 +265,18 @@ class ICOObjective:
 
     def sample(self) -> Image.Image:
         """For every sample prompt and fixed seed, the model's own picture of the noun above the concept's."""
-        custom, n_seeds = ICO([self.concept(0)]), len(_SAMPLE_SEEDS)
-        rows: list[Mapping[str, Any]] = []
-        for prompt in self.sample_prompts:
-            plain = " ".join(prompt.replace(self.placeholder, "").split())
-            rows += [{"prompt": plain, "customization": None}, {"prompt": prompt, "customization": custom}]
+        custom, n_seeds = ICO([self.concept(0)]), len(SAMPLE_SEEDS)
+        plain = [" ".join(prompt.replace(self.placeholder, "").split()) for prompt in self.sample_prompts]
+        pairs = list(zip(plain, self.sample_prompts, strict=True))
         out = self.sd.generate(
-            [row["prompt"] for row in rows],
+            [prompt for pair in pairs for prompt in pair],
             images_per_prompt=n_seeds,
-            seed=list(_SAMPLE_SEEDS) * len(rows),
-            steps=_SAMPLE_STEPS,
-            customization=[row["customization"] for row in rows for _ in range(n_seeds)],
+            seed=list(SAMPLE_SEEDS) * 2 * len(pairs),
+            steps=SAMPLE_STEPS,
+            customization=[*[None] * n_seeds, *[custom] * n_seeds] * len(pairs),
             progress=False,
         )
-        width, height = out.images[0].size
-        sheet = Image.new("RGB", (n_seeds * width, len(rows) * height))
-        for i, image in enumerate(out.images):
-            sheet.paste(image, (i % n_seeds * width, i // n_seeds * height))
-        return sheet
+        return grid(out.images, columns=n_seeds)
 
 
 def _embeddings(text: TextEncoder, ids: Sequence[int]) -> Tensor:
@@ -299,7 +286,8 @@ def _embeddings(text: TextEncoder, ids: Sequence[int]) -> Tensor:
 
 def _repeated(text: TextEncoder, words: str, count: int) -> Tensor:
     """Embeddings (count, E) of the last ``count`` tokens of some words, the first of them repeated in front."""
-    ids = list(text.tokenize(words).ids[1 : 1 + len(text.tokenize(words).spans)])
+    tokens = text.tokenize(words)
+    ids = list(tokens.ids[1 : 1 + len(tokens.spans)])
     return _embeddings(text, ([ids[0]] * count + ids)[-count:])
 
 

@@ -14,9 +14,10 @@ from ..checks import check_choice, check_flag, check_integer, check_number
 from ..concept import Concept
 from ..conditioning import Conditioning, Following
 from ..engine import Engine
+from ..grid import grid
 from ..infusion import Infusion, project_residual, residual_widths
 from ..text import find_noun
-from .denoising import Noiser, autocast, differentiable, training_size, weighted_mean
+from .denoising import SAMPLE_SEEDS, SAMPLE_STEPS, Noiser, autocast, differentiable, training_size, weighted_mean
 from .loop import Callback, Options, run
 from .pictures import Pictures, make_generator
 
@@ -29,8 +30,6 @@ TEMPLATES = (
     "a rendering of a {}",
     "a {}",
 )
-_SAMPLE_SEEDS = (0, 1, 2, 3)
-_SAMPLE_STEPS = 25
 
 
 def train_infusion(
@@ -222,22 +221,18 @@ class InfusionObjective:
 
     def sample(self) -> Image.Image:
         """For every sample prompt and fixed seed, the foundation's picture above the customised one."""
-        concept, n_seeds = self.concept(0), len(_SAMPLE_SEEDS)
+        concept, n_seeds = self.concept(0), len(SAMPLE_SEEDS)
         out = self.sd.generate(
             self.sample_prompts,
             images_per_prompt=n_seeds,
-            seed=list(_SAMPLE_SEEDS) * len(self.sample_prompts),
-            steps=_SAMPLE_STEPS,
+            seed=list(SAMPLE_SEEDS) * len(self.sample_prompts),
+            steps=SAMPLE_STEPS,
             customization=Infusion([concept], tokens=self.tokens),
             progress=False,
         )
-        width, height = out.images[0].size
-        sheet = Image.new("RGB", (n_seeds * width, 2 * len(self.sample_prompts) * height))
-        for i, (base, custom) in enumerate(zip(out.foundation_images or [], out.images, strict=True)):
-            x, y = i % n_seeds * width, i // n_seeds * 2 * height
-            sheet.paste(base, (x, y))
-            sheet.paste(custom, (x, y + height))
-        return sheet
+        bases, rows = out.foundation_images or [], range(0, len(out.images), n_seeds)
+        pictures = [picture for at in rows for kind in (bases, out.images) for picture in kind[at : at + n_seeds]]
+        return grid(pictures, columns=n_seeds)
 
 
 def _fill(template: str, noun: str) -> str:

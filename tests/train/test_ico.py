@@ -139,3 +139,11 @@ def test_bad_arguments_are_refused(small: engine.Engine) -> None:
             _train(small, **options)
     with pytest.raises(ValueError, match=r"sample_prompts must contain 'V\*', got 'a cat'"):
         _objective(small, sample_prompts=["a cat"])
+
+
+def test_a_loss_that_is_not_finite_stops(small: engine.Engine, tmp_path: Path) -> None:
+    rates = {"learning_rate": 1e36, "context_learning_rate": 1e36}
+    with pytest.raises(engine.NonFiniteError, match=f"infinite at step .* the last good state is in {tmp_path}"):
+        _train(small, **rates, folder=tmp_path, checkpoint_every=1, sample_every=0)
+    state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
+    assert all(torch.isfinite(parameter).all() for parameter in state["parameters"].values())
