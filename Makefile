@@ -5,9 +5,9 @@ BIN := .venv/bin
 OUT ?= out
 CONCEPTS := engine/assets/concepts
 
-.PHONY: demo test test-slow check bench clean
+.PHONY: demo test test-slow sanitize check bench clean
 
-$(BIN)/.installed: pyproject.toml setup.py
+$(BIN)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
 	$(BIN)/pip install --quiet torch==2.13.0
 	$(BIN)/pip install --quiet --editable '.[test]'
@@ -33,6 +33,11 @@ test: $(BIN)/.installed
 
 test-slow: $(BIN)/.installed
 	$(BIN)/python -m pytest -m slow
+
+sanitize: $(BIN)/.installed
+	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" $(BIN)/python setup.py -q build_ext --inplace --force
+	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
+	    $(BIN)/python -m pytest tests/test_native.py; status=$$?; $(BIN)/python setup.py -q build_ext --inplace --force; exit $$status
 
 check: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -274,11 +274,14 @@ def _save_grid(out: Result, path: Path) -> Path:
 def _info(arguments: argparse.Namespace) -> int:
     import torch
 
+    from .native import levels
+
     rows = [("twinstream", __version__), ("python", platform.python_version())]
     rows += [(name, _version(name)) for name in _PACKAGES]
     gpus = [torch.cuda.get_device_name(i) for i in range(torch.cuda.device_count())]
     rows += [("cpu", f"{platform.processor() or platform.machine()}, {torch.get_num_threads()} threads")]
     rows += [("gpu", ", ".join(gpus) or "none that torch can use")]
+    rows += [("native kernels", ", ".join(levels()) or "not built: that needs a C++20 compiler, and pip install again")]
     _print_rows(rows)  # before the model, which may not load
     sd = _load(arguments)
     sizes = {"unet": sd.unet, "vae": sd.vae, "text encoder": sd.text_encoder.model}

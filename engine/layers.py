@@ -8,26 +8,36 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from .kernels.group_norm_silu import group_norm_ref
 from .ops import Ops
 
 
 class GroupNorm(nn.GroupNorm):
     """GroupNorm that is as accurate in channels-last memory as elsewhere."""
 
-    def forward(self, x: Tensor) -> Tensor:
-        return group_norm_ref(x, self.weight, self.bias, self.num_groups, self.eps)
-
-
-class GroupNormSiLU(nn.GroupNorm):
-    """``silu(group_norm(x))``, statistics in float32."""
-
     def __init__(self, groups: int, channels: int, eps: float, ops: Ops) -> None:
         super().__init__(groups, channels, eps)
         self.ops = ops
 
     def forward(self, x: Tensor) -> Tensor:
+        return self.ops.group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
+class GroupNormSiLU(GroupNorm):
+    """``silu(group_norm(x))``, statistics in float32."""
+
+    def forward(self, x: Tensor) -> Tensor:
         return self.ops.group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
+class LayerNorm(nn.LayerNorm):
+    """LayerNorm over the last axis."""
+
+    def __init__(self, channels: int, ops: Ops) -> None:
+        super().__init__(channels)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
 
 
 class ResnetBlock2D(nn.Module):

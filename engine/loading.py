@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .checks import check_choice
 from .engine import Engine
 from .errors import CheckpointError
+from .native import DTYPES, levels, native_ops
 from .ops import TORCH, TRITON, Ops
 from .result import Result
 from .text import TextEncoder
@@ -22,7 +23,7 @@ from .vae import AutoencoderKL
 from .weights import load_module
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BACKENDS: dict[str, Ops] = {"torch": TORCH, "triton": TRITON}
+_BACKENDS = ("auto", "torch", "native", "triton")
 
 
 def load(
@@ -40,19 +41,20 @@ def load(
             embedded model.
         device: "cuda" where there is one, else "cpu", unless given.
         dtype: "float32", "bfloat16" or "float16"; unless given, float16 on a GPU and float32 on a CPU.
-        backend: "torch" (what "auto" means until the kernels are proven on GPUs) or "triton", which needs a GPU.
+        backend: "torch", "native" (a CPU, float32 or bfloat16), "triton" (a GPU), or "auto": native where it is built
+            and fits, else torch, until the Triton kernels are proven on GPUs.
         config: for a single file, a diffusers folder whose configs and tokenizer to use; the file's own folder where it
             is one. Without any, sizes are read from the tensors' shapes and the rest is SD v1.5's.
 
     Raises:
         CheckpointError: files are missing, damaged or do not match their config.
         ValueError: another argument cannot be honoured.
+        RuntimeError: the backend is not built, or not for this device and dtype.
     """
-    ops = _BACKENDS["torch" if check_choice("backend", backend, ("auto", *_BACKENDS)) == "auto" else backend]
+    check_choice("backend", backend, _BACKENDS)
     where = _device(device)
-    if ops is TRITON and where.type != "cuda":
-        raise RuntimeError(f"backend 'triton' needs a CUDA device, got {where}; use backend='torch'")
     kind = _dtype(dtype, where)
+    ops = _ops(backend, where, kind)
     checkpoint = open_checkpoint(model, config, prefer_fp16=kind == torch.float16)
     _check_fit(checkpoint)
     with torch.device("meta"):
@@ -102,6 +104,17 @@ def _device(device: str | torch.device | None) -> torch.device:
     if where.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device {device!r} asked for, but torch {torch.__version__} sees no GPU; use device='cpu'")
     return where
+
+
+def _ops(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
+    fits = device.type == "cpu" and dtype in DTYPES
+    if backend == "auto":
+        backend = "native" if fits and levels() else "torch"
+    if backend == "triton" and device.type != "cuda":
+        raise RuntimeError(f"backend 'triton' needs a CUDA device, got {device}; use backend='torch'")
+    if backend == "native" and not fits:
+        raise RuntimeError(f"backend 'native' needs float32 or bfloat16 on a CPU, got {dtype} on {device}")
+    return {"torch": lambda: TORCH, "triton": lambda: TRITON, "native": native_ops}[backend]()
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

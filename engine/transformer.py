@@ -8,7 +8,7 @@ from torch import Tensor, nn
 from .conditioning import Conditioning, Following, Mixing
 from .config import UNetConfig
 from .kernels.dbim import dbim_masks_ref
-from .layers import GroupNorm
+from .layers import GroupNorm, LayerNorm
 from .ops import Ops
 
 
@@ -107,11 +107,11 @@ class BasicTransformerBlock(nn.Module):
     def __init__(self, channels: int, text_width: int, n_heads: int, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
-        self.norm1 = nn.LayerNorm(channels)
+        self.norm1 = LayerNorm(channels, ops)
         self.attn1 = SelfAttention(channels, n_heads, ops)
-        self.norm2 = nn.LayerNorm(channels)
+        self.norm2 = LayerNorm(channels, ops)
         self.attn2 = CrossAttention(channels, text_width, n_heads, ops)
-        self.norm3 = nn.LayerNorm(channels)
+        self.norm3 = LayerNorm(channels, ops)
         self.ff = FeedForward(channels, ops)
 
     def forward(self, x: Tensor, condition: Conditioning) -> Tensor:
@@ -142,7 +142,7 @@ class Transformer2DModel(nn.Module):
 
     def __init__(self, channels: int, n_heads: int, config: UNetConfig, ops: Ops) -> None:
         super().__init__()
-        self.norm = GroupNorm(config.norm_num_groups, channels, eps=1e-6)
+        self.norm = GroupNorm(config.norm_num_groups, channels, 1e-6, ops)
         self.proj_in = nn.Conv2d(channels, channels, 1)
         blocks = [
             BasicTransformerBlock(channels, config.cross_attention_dim, n_heads, ops)

@@ -25,7 +25,7 @@ class VAEAttention(nn.Module):
     def __init__(self, channels: int, groups: int, ops: Ops) -> None:
         super().__init__()
         self.ops = ops
-        self.group_norm = GroupNorm(groups, channels, eps=_EPS)
+        self.group_norm = GroupNorm(groups, channels, _EPS, ops)
         self.to_q = nn.Linear(channels, channels)
         self.to_k = nn.Linear(channels, channels)
         self.to_v = nn.Linear(channels, channels)

@@ -6,6 +6,7 @@ import pytest
 from PIL import Image
 
 from engine.cli import main
+from engine.native import levels
 
 
 def test_generate(small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -47,7 +48,9 @@ def test_seeds(small_folder: Path, tmp_path: Path) -> None:
 def test_info(small_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--model", str(small_folder)]) == 0
     printed = capsys.readouterr().out
-    for part in ("twinstream", "torch", "gpu", "attention", "torch: geglu.geglu_ref", "M parameters"):
+    native = ", ".join(levels()) or "not built"
+    geglu = "native: native.geglu" if levels() else "torch: geglu.geglu_ref"
+    for part in ("twinstream", "torch", "gpu", f"native kernels    {native}", "attention", geglu, "M parameters"):
         assert part in printed
 
 

@@ -211,7 +211,7 @@ def test_models_may_be_called_directly(small: engine.Engine) -> None:
     [
         ({"dtype": "int8"}, "dtype must be one of float32, bfloat16, float16, got 'int8'"),
         ({"device": "gpu"}, "device must be a torch device"),
-        ({"backend": "cuda"}, "backend must be one of auto, torch, triton, got 'cuda'"),
+        ({"backend": "cuda"}, "backend must be one of auto, torch, native, triton, got 'cuda'"),
         ({"config": "x"}, "config belongs to single-file checkpoints"),
     ],
     ids=str,

@@ -1,0 +1,235 @@
+// softmax(Q K^T / sqrt(D)) V in one pass over the keys (Milakov and Gimelshein 2018, arXiv:1805.02867; Dao et al. 2022,
+// arXiv:2205.14135), and what else is made of the map's rows. Keys and values are packed once per head; then tiles of
+// kRows queries walk over blocks of keys whose scores stay in the first-level cache.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "simd.h"
+
+namespace twinstream {
+
+constexpr int kRows = kLanes == 16 ? 8 : 4;    // queries of a tile; kRows * kColumns sums fill the registers
+constexpr int kColumns = 3;                    // vectors of keys, or of a head's channels, side by side
+constexpr int kBlock = 8 * kColumns * kLanes;  // keys of a block
+constexpr int64_t kMaxHeadDim = 512;
+
+// B rows of the batch, N queries, S keys, H heads of D channels.
+struct AttentionSizes {
+  int64_t B, N, S, H, D;
+};
+
+// What products are made of: floats, or pairs of bfloat16 where one instruction multiplies and adds both.
+template <typename T>
+struct Product {
+  using Element = float;
+  using Weight = float;
+  static constexpr int kPair = 1;
+};
+
+inline Floats multiply_add(Floats sum, float a, const float* b) { return sum + a * load(b); }
+
+inline void pair(float& packed, float x, float) { packed = x; }
+inline void pair(float& packed, bfloat16 x, bfloat16) { packed = as_float(x); }
+
+#if defined(__AVX512BF16__)
+template <>
+struct Product<bfloat16> {
+  using Element = uint32_t;
+  using Weight = bfloat16;
+  static constexpr int kPair = 2;
+};
+
+inline Floats multiply_add(Floats sum, uint32_t a, const uint32_t* b) {
+  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)_mm512_loadu_si512(b));
+}
+
+inline void pair(uint32_t& packed, bfloat16 x, bfloat16 y) { packed = x.bits | (uint32_t)y.bits << 16; }
+#endif
+
+// sums[r][c] += sum_k a[r * a_row + k] * b[k * b_step + c * b_column]
+template <int R, int C, typename E>
+inline void accumulate(Floats (&sums)[R][C], const E* a, int64_t a_row, const E* b, int64_t b_step, int64_t b_column,
+                       int64_t n) {
+  for (int64_t k = 0; k < n; k++) {
+#pragma GCC unroll 8
+    for (int r = 0; r < R; r++) {
+#pragma GCC unroll 3
+      for (int c = 0; c < C; c++)
+        sums[r][c] = multiply_add(sums[r][c], a[r * a_row + k], b + k * b_step + c * b_column);
+    }
+  }
+}
+
+template <typename T>
+struct Attention {
+  using E = typename Product<T>::Element;
+  using Weight = typename Product<T>::Weight;
+  static constexpr int kPair = Product<T>::kPair;
+
+  const AttentionSizes n;
+  const int64_t width, steps, key_vectors, value_vectors, keys_size, values_size;
+
+  explicit Attention(const AttentionSizes& sizes)
+      : n(sizes),
+        width(n.H * n.D),
+        steps((n.D + kPair - 1) / kPair),
+        key_vectors((n.S + kLanes - 1) / kLanes),
+        value_vectors((n.D + kLanes - 1) / kLanes),
+        keys_size(key_vectors * steps * kLanes),
+        values_size(key_vectors * kLanes / kPair * value_vectors * kLanes) {}
+
+  int64_t scratch_bytes() const { return n.B * n.H * (keys_size + values_size) * (int64_t)sizeof(E); }
+
+  // Key vector j of one head: [step][lane]; and the values of its keys: [key pair][channel].
+  void pack(const T* k, const T* v, E* keys, E* values, int64_t j) const {
+    E* block = keys + j * steps * kLanes;
+    E* rows = values + j * kLanes / kPair * value_vectors * kLanes;
+    const int64_t count = std::min<int64_t>(kLanes, n.S - j * kLanes);
+    if (count < kLanes) {
+      std::fill(block, block + steps * kLanes, E{});
+      std::fill(rows, rows + kLanes / kPair * value_vectors * kLanes, E{});
+    }
+    for (int64_t lane = 0; lane < count; lane++) pack_row(k + (j * kLanes + lane) * width, block + lane, kLanes);
+    for (int64_t lane = 0; lane < count; lane += kPair) {
+      const T* value = v + (j * kLanes + lane) * width;
+      E* row = rows + lane / kPair * value_vectors * kLanes;
+      for (int64_t d = 0; d < n.D; d++) pair(row[d], value[d], kPair == 2 && lane + 1 < count ? value[width + d] : T{});
+      std::fill(row + n.D, row + value_vectors * kLanes, E{});
+    }
+  }
+
+  // The channels of one query or key, ``stride`` elements apart.
+  void pack_row(const T* x, E* packed, int64_t stride) const {
+    int64_t step = 0;
+    for (; (step + 1) * kPair <= n.D; step++) pair(packed[step * stride], x[step * kPair], x[step * kPair + kPair - 1]);
+    if (step < steps) pair(packed[step * stride], x[step * kPair], T{});
+  }
+
+  template <int C>
+  void score(const E* q, const E* keys, float* scores, int64_t j) const {
+    Floats sums[kRows][C] = {};
+    accumulate(sums, q, steps, keys + j * steps * kLanes, kLanes, steps * kLanes, steps);
+    for (int r = 0; r < kRows; r++)
+      for (int c = 0; c < C; c++) store(scores + r * kBlock + (j + c) * kLanes, sums[r][c]);
+  }
+
+  template <int C>
+  void gather(const E* weights, const E* values, float* out, int64_t c0, int64_t n_pairs) const {
+    Floats sums[kRows][C];
+    float* at = out + c0 * kLanes;
+    const int64_t row = value_vectors * kLanes;
+    for (int r = 0; r < kRows; r++)
+      for (int c = 0; c < C; c++) sums[r][c] = load(at + r * row + c * kLanes);
+    accumulate(sums, weights, kBlock / kPair, values + c0 * kLanes, row, kLanes, n_pairs);
+    for (int r = 0; r < kRows; r++)
+      for (int c = 0; c < C; c++) store(at + r * row + c * kLanes, sums[r][c]);
+  }
+
+  // exp2(scale * (scores - top)) of one row as weights, with the running maximum and sum brought up to date.
+  void weigh(const float* scores, Weight* weights, int64_t vectors, float scale, float& top, float& total,
+             float* out) const {
+    Floats highest = load(scores);
+    for (int64_t j = 1; j < vectors; j++) highest = max(highest, load(scores + j * kLanes));
+    const float now = std::max(top, largest(highest));
+    if (now > top) {
+      const float shrink = std::exp2(scale * (top - now));
+      total *= shrink;
+      for (int64_t c = 0; c < value_vectors; c++) store(out + c * kLanes, load(out + c * kLanes) * shrink);
+      top = now;
+    }
+    Floats sums = {};
+    for (int64_t j = 0; j < vectors; j++) {
+      const Floats w = exp2<kExpDegree<T>>((load(scores + j * kLanes) - top) * scale);
+      sums += w;
+      store(weights + j * kLanes, w);
+    }
+    total += sum(sums);
+  }
+
+  // kRows queries of one head from row ``first`` on. If all keys are in one block, ``visit`` sees each row of the map:
+  // its scores, the factor that brings them to powers of two, the largest score, and the sum of the powers.
+  template <typename Visit>
+  void tile(const T* q, const E* keys, const E* values, T* out, int64_t first, float* sums, Visit visit) const {
+    const int64_t rows = std::min<int64_t>(kRows, n.N - first), row = value_vectors * kLanes;
+    alignas(64) float scores[kRows * kBlock];
+    alignas(64) Weight weights[kRows * kBlock];
+    alignas(64) E queries[kRows * kMaxHeadDim / kPair];
+    std::fill(queries, queries + kRows * steps, E{});
+    std::fill(sums, sums + kRows * row, 0.0f);
+    float top[kRows], total[kRows] = {};
+    std::fill(top, top + kRows, -std::numeric_limits<float>::max());
+    for (int64_t r = 0; r < rows; r++) pack_row(q + (first + r) * width, queries + r * steps, 1);
+    const float scale = 1.4426950408889634 / std::sqrt((double)n.D);  // of exp2, rounded once
+    for (int64_t start = 0; start < key_vectors; start += kBlock / kLanes) {
+      const int64_t vectors = std::min<int64_t>(kBlock / kLanes, key_vectors - start);
+      const E* block = keys + start * steps * kLanes;
+      int64_t j = 0;
+      for (; j + kColumns <= vectors; j += kColumns) score<kColumns>(queries, block, scores, j);
+      for (; j < vectors; j++) score<1>(queries, block, scores, j);
+      for (int64_t r = 0; r < kRows; r++) {
+        float* own = scores + r * kBlock;
+        const int64_t known = std::min<int64_t>(vectors * kLanes, n.S - start * kLanes);
+        std::fill(own + known, own + vectors * kLanes, -std::numeric_limits<float>::max());
+        weigh(own, weights + r * kBlock, vectors, scale, top[r], total[r], sums + r * row);
+      }
+      const E* below = values + start * kLanes / kPair * row;
+      const E* w = (const E*)weights;
+      int64_t c = 0;
+      const int64_t n_pairs = vectors * kLanes / kPair;
+      for (; c + kColumns <= value_vectors; c += kColumns) gather<kColumns>(w, below, sums, c, n_pairs);
+      if (value_vectors - c == 2) gather<2>(w, below, sums, c, n_pairs);
+      if (value_vectors - c == 1) gather<1>(w, below, sums, c, n_pairs);
+    }
+    for (int64_t r = 0; r < rows; r++) {
+      T* target = out + (first + r) * width;
+      const float scale_row = 1.0f / total[r];
+      each(n.D, [&](int64_t d, int lanes) { put(target + d, load(sums + r * row + d) * scale_row, lanes); });
+      visit(first + r, scores + r * kBlock, scale, top[r], total[r]);
+    }
+  }
+};
+
+// Packs keys and values, then walks over all tiles; ``visit(b, h, row of the map...)`` as in ``Attention::tile``.
+template <typename T, typename Visit>
+void attend(const T* q, const T* k, const T* v, T* out, void* scratch, const AttentionSizes& n, Visit visit) {
+  using E = typename Product<T>::Element;
+  const Attention<T> op(n);
+  E* packed = static_cast<E*>(scratch);
+  const int64_t head_size = op.keys_size + op.values_size, tiles = (n.N + kRows - 1) / kRows;
+#pragma omp parallel
+  {
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < n.B * n.H * op.key_vectors; task++) {
+      const int64_t head = task / op.key_vectors, b = head / n.H, h = head % n.H;
+      const int64_t at = b * n.S * op.width + h * n.D;
+      E* keys = packed + head * head_size;
+      op.pack(k + at, v + at, keys, keys + op.keys_size, task % op.key_vectors);
+    }
+    alignas(64) float sums[kRows * (kMaxHeadDim + kLanes)];
+#pragma omp for schedule(dynamic, 8)
+    for (int64_t task = 0; task < n.B * n.H * tiles; task++) {
+      const int64_t head = task / tiles, b = head / n.H, h = head % n.H, at = b * n.N * op.width + h * n.D;
+      const E* keys = packed + head * head_size;
+      op.tile(q + at, keys, keys + op.keys_size, out + at, task % tiles * kRows, sums,
+              [&](auto... row) { visit(b, h, row...); });
+    }
+  }
+}
+
+// Tensors are packed (B, N or S, H*D). With T tokens (B, T), all keys must be in one block; columns are (B, N, T*H).
+template <typename T>
+void attention(const T* q, const T* k, const T* v, const int64_t* tokens, T* out, T* columns, void* scratch,
+               const AttentionSizes& n, int64_t n_tokens) {
+  attend(q, k, v, out, scratch, n,
+         [=](int64_t b, int64_t h, int64_t row, const float* scores, float scale, float top, float total) {
+           for (int64_t t = 0; t < n_tokens; t++) {
+             const float weight = std::exp2(scale * (scores[tokens[b * n_tokens + t]] - top)) / total;
+             store_some(columns + ((b * n.N + row) * n_tokens + t) * n.H + h, all(weight), 1);
+           }
+         });
+}
+
+}  // namespace twinstream

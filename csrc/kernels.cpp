@@ -1,0 +1,91 @@
+// The C interface. setup.py compiles this file into a library per instruction set, and engine/native.py loads the best
+// one that the processor runs. ``is_bfloat16`` says what pointers without a type point at; else it is float.
+#include "attention.h"
+#include "dbim.h"
+#include "geglu.h"
+#include "norms.h"
+#include "residual.h"
+
+using namespace twinstream;
+
+namespace {
+
+// Calls ``op`` with a zero of the element type, by which it is chosen.
+template <typename Op>
+auto with_type(int is_bfloat16, Op op) {
+  return is_bfloat16 ? op(bfloat16{}) : op(float{});
+}
+
+template <typename T>
+const T* in(const void* p, T) {
+  return static_cast<const T*>(p);
+}
+
+template <typename T>
+T* to(void* p, T) {
+  return static_cast<T*>(p);
+}
+
+}  // namespace
+
+#define EXPORT extern "C" __attribute__((visibility("default")))
+
+EXPORT int twinstream_abi() { return 1; }
+
+// The best of 2 (AVX-512 with bfloat16 products), 1 (AVX2 with FMA) and 0 (baseline) that this processor runs.
+EXPORT int twinstream_level() {
+#if defined(__x86_64__)
+  __builtin_cpu_init();
+  if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
+      __builtin_cpu_supports("avx512bf16"))
+    return 2;
+  if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
+#endif
+  return 0;
+}
+
+EXPORT int64_t twinstream_attention_block() { return kBlock; }
+
+EXPORT int64_t twinstream_attention_scratch(int is_bfloat16, const AttentionSizes* n) {
+  return with_type(is_bfloat16, [=](auto t) { return Attention<decltype(t)>(*n).scratch_bytes(); });
+}
+
+EXPORT void twinstream_attention(int is_bfloat16, const void* q, const void* k, const void* v, const int64_t* tokens,
+                                 void* out, void* columns, void* scratch, const AttentionSizes* n, int64_t n_tokens) {
+  with_type(is_bfloat16, [=](auto t) {
+    attention(in(q, t), in(k, t), in(v, t), tokens, to(out, t), to(columns, t), scratch, *n, n_tokens);
+  });
+}
+
+EXPORT void twinstream_dbim(int is_bfloat16, const void* q, const void* k, const void* v, const uint8_t* chosen,
+                            const int64_t* lengths, const float* gates, void* out, float* masks, void* scratch,
+                            const AttentionSizes* n, int logits) {
+  with_type(is_bfloat16, [=](auto t) {
+    dbim(in(q, t), in(k, t), in(v, t), chosen, lengths, gates, to(out, t), masks, scratch, *n, logits != 0);
+  });
+}
+
+EXPORT void twinstream_residual_apply(int is_bfloat16, const void* x, const void* attended, const void* columns,
+                                      const int64_t* leaders, const void* residuals, void* out, int64_t F, int64_t N,
+                                      int64_t K, int64_t C) {
+  with_type(is_bfloat16, [=](auto t) {
+    residual_apply(in(x, t), in(attended, t), in(columns, t), leaders, in(residuals, t), to(out, t), F, N, K, C);
+  });
+}
+
+EXPORT void twinstream_group_norm(int is_bfloat16, const void* x, const void* weight, const void* bias, void* out,
+                                  int64_t B, int64_t N, int64_t C, int64_t G, float eps, int with_silu) {
+  with_type(is_bfloat16, [=](auto t) {
+    group_norm(in(x, t), in(weight, t), in(bias, t), to(out, t), B, N, C, G, eps, with_silu != 0);
+  });
+}
+
+EXPORT void twinstream_layer_norm(int is_bfloat16, const void* x, const void* weight, const void* bias, void* out,
+                                  int64_t rows, int64_t C, float eps) {
+  with_type(is_bfloat16,
+            [=](auto t) { layer_norm(in(x, t), in(weight, t), in(bias, t), to(out, t), rows, C, eps); });
+}
+
+EXPORT void twinstream_geglu(int is_bfloat16, const void* x, void* out, int64_t rows, int64_t C) {
+  with_type(is_bfloat16, [=](auto t) { geglu(in(x, t), to(out, t), rows, C); });
+}

@@ -1,0 +1,113 @@
+// GroupNorm with or without SiLU on channels-last activations (Wu and He 2018, arXiv:1803.08494), and LayerNorm.
+// Statistics are exact: means and sums of squared distances of small chunks, merged by Chan's formula.
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <vector>
+
+#include "simd.h"
+
+namespace twinstream {
+
+constexpr int64_t kChunk = 32;  // positions whose activations stay in the first-level cache
+
+// Count, mean and sum of squared distances from it.
+struct Moments {
+  double count = 0, mean = 0, squares = 0;
+
+  void merge(const Moments& other) {
+    if (other.count == 0) return;
+    const double total = count + other.count, distance = other.mean - mean;
+    squares += other.squares + distance * distance * count * other.count / total;
+    mean += distance * other.count / total;
+    count = total;
+  }
+};
+
+template <int kDegree>
+inline Floats silu(Floats x) {
+  return x / (1.0f + exp2<kDegree>(min(x * -1.44269504f, all(127.0f))));
+}
+
+// Moments of each group over positions [first, last) of one image (positions, C).
+template <typename T>
+void chunk_moments(const T* x, int64_t first, int64_t last, int64_t C, int64_t G, Moments* groups, float* means,
+                   float* squares) {
+  const float count = last - first, share = 1.0f / count;
+  std::fill(means, means + C, 0.0f);
+  std::fill(squares, squares + C, 0.0f);
+  for (int64_t at = first; at < last; at++)
+    each(C, [&](int64_t c, int lanes) { put(means + c, take(means + c, lanes) + take(x + at * C + c, lanes), lanes); });
+  for (int64_t c = 0; c < C; c++) means[c] *= share;
+  for (int64_t at = first; at < last; at++)
+    each(C, [&](int64_t c, int lanes) {
+      const Floats distance = take(x + at * C + c, lanes) - take(means + c, lanes);
+      put(squares + c, take(squares + c, lanes) + distance * distance, lanes);
+    });
+  for (int64_t c = 0; c < C; c++) groups[c / (C / G)].merge({count, means[c], squares[c]});
+}
+
+// y = silu((x - mean) / sqrt(var + eps) * weight + bias) over groups of channels; x (B, N, C). The mean is subtracted
+// before scaling: folded into a shift, a large one would cancel inexactly.
+template <typename T>
+void group_norm(const T* x, const T* weight, const T* bias, T* out, int64_t B, int64_t N, int64_t C, int64_t G,
+                float eps, bool with_silu) {
+  const int64_t chunks = (N + kChunk - 1) / kChunk;
+  std::vector<Moments> parts(B * chunks * G);
+  std::vector<float> centre(B * C), scale(B * C);
+#pragma omp parallel
+  {
+    std::vector<float> means(C), squares(C);
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < B * chunks; task++) {
+      const int64_t first = task % chunks * kChunk;
+      chunk_moments(x + task / chunks * N * C, first, std::min(N, first + kChunk), C, G, &parts[task * G], means.data(),
+                    squares.data());
+    }
+#pragma omp for schedule(static)
+    for (int64_t task = 0; task < B * G; task++) {
+      const int64_t b = task / G, g = task % G, width = C / G;
+      Moments all_of;
+      for (int64_t chunk = 0; chunk < chunks; chunk++) all_of.merge(parts[(b * chunks + chunk) * G + g]);
+      const double rstd = 1.0 / std::sqrt(all_of.squares / all_of.count + eps);
+      for (int64_t c = g * width; c < (g + 1) * width; c++) {
+        centre[b * C + c] = all_of.mean;
+        scale[b * C + c] = rstd * as_float(weight[c]);
+      }
+    }
+#pragma omp for schedule(static)
+    for (int64_t row = 0; row < B * N; row++) {
+      const float *m = &centre[row / N * C], *s = &scale[row / N * C];
+      each(C, [&](int64_t c, int lanes) {
+        Floats y = (take(x + row * C + c, lanes) - take(m + c, lanes)) * take(s + c, lanes) + take(bias + c, lanes);
+        if (with_silu) y = silu<kExpDegree<T>>(y);
+        put(out + row * C + c, y, lanes);
+      });
+    }
+  }
+}
+
+// LayerNorm (Ba et al. 2016, arXiv:1607.06450) over the last axis of (rows, C).
+template <typename T>
+void layer_norm(const T* x, const T* weight, const T* bias, T* out, int64_t rows, int64_t C, float eps) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    const T* own = x + row * C;
+    Floats sums = {};
+    each(C, [&](int64_t c, int lanes) { sums += take(own + c, lanes); });
+    const float mean = sum(sums) / C;
+    Floats squares = {};
+    each(C, [&](int64_t c, int lanes) {
+      const Floats distance = take(own + c, lanes) - mean;
+      squares += only(distance * distance, lanes);
+    });
+    const float rstd = 1.0f / std::sqrt(sum(squares) / C + eps);
+    each(C, [&](int64_t c, int lanes) {
+      const Floats y = (take(own + c, lanes) - mean) * rstd;
+      put(out + row * C + c, y * take(weight + c, lanes) + take(bias + c, lanes), lanes);
+    });
+  }
+}
+
+}  // namespace twinstream

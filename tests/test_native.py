@@ -1,0 +1,197 @@
+"""Native CPU kernels, at every level this processor runs: accuracy, odd sizes, threads, alignment, refusals."""
+
+from collections.abc import Iterator
+from dataclasses import fields
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+import engine
+from engine.kernels.cross_attention import cross_attention_ref
+from engine.native import DTYPES, LEVELS, levels, native_ops
+from engine.ops import TORCH, Ops
+from tests.kernels.accuracy import assert_as_accurate
+from tests.kernels.test_dbim import _PRESETS
+from tests.kernels.test_dbim import _inputs as dbim_inputs
+
+pytestmark = pytest.mark.skipif(not levels(), reason="native kernels are not built here")
+
+_ATTENTION = [  # B, N, S, heads, head dim
+    (2, 64, 64, 2, 40),
+    (1, 257, 1000, 2, 80),
+    (1, 7, 300, 2, 160),
+    (3, 33, 77, 3, 8),
+    (1, 9, 5, 1, 33),
+    (1, 70, 130, 1, 512),
+    (1, 1, 1, 1, 1),
+]
+
+
+@pytest.fixture(params=LEVELS)
+def ops(request: pytest.FixtureRequest) -> Ops:
+    if request.param not in levels():
+        pytest.skip(f"this processor runs {', '.join(levels())}")
+    return native_ops(request.param)
+
+
+@pytest.fixture(params=DTYPES, ids=str)
+def dtype(request: pytest.FixtureRequest) -> torch.dtype:
+    return request.param
+
+
+@pytest.fixture(params=[1, 2])
+def threads(request: pytest.FixtureRequest) -> Iterator[int]:
+    before = torch.get_num_threads()
+    torch.set_num_threads(request.param)
+    yield request.param
+    torch.set_num_threads(before)
+
+
+def _random(*shape: int, dtype: torch.dtype, aligned: bool = False) -> Tensor:
+    """A contiguous tensor, one element behind any alignment unless asked for."""
+    count = int(torch.tensor(shape).prod())
+    storage = torch.randn(count + 1).to(dtype)
+    return storage[0 if aligned else 1 :][:count].view(shape)
+
+
+def _compare(op: str, ops: Ops, *arguments: Any) -> None:
+    """Native and eager results of one op against eager ones in float64."""
+    wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
+    results = [getattr(TORCH, op)(*wide), getattr(TORCH, op)(*arguments), getattr(ops, op)(*arguments)]
+    exact, eager, actual = ([result] if isinstance(result, Tensor) else result for result in results)
+    for one, its_eager, its_exact in zip(actual, eager, exact, strict=True):
+        assert torch.isfinite(one).all()
+        assert_as_accurate(one, its_eager, its_exact)
+
+
+@pytest.mark.parametrize("shape", _ATTENTION, ids=str)
+def test_attention(ops: Ops, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    B, N, S, H, D = shape
+    q, k, v = (_random(B, n, H * D, dtype=dtype) for n in (N, S, S))
+    _compare("attention", ops, 3 * q, k, v, H)
+
+
+def test_attention_of_large_scores(ops: Ops, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = (_random(1, n, 40, dtype=dtype) for n in (20, 500, 500))
+    q = 100 * q
+    scores = q.double() @ k.double().mT
+    exact = (scores * 40**-0.5).softmax(dim=-1) @ v.double()
+    rounded = (scores.float().double() * 40**-0.5).softmax(dim=-1) @ v.double()  # what scores in float32 cost anyone
+    eager = TORCH.attention(q, k, v, 1)
+    allowed = rounded.to(dtype) if (rounded - exact).abs().max() > (eager - exact).abs().max() else eager
+    assert_as_accurate(ops.attention(q, k, v, 1), allowed, exact)
+
+
+@pytest.mark.parametrize("n_tokens", [0, 1, 3])
+@pytest.mark.parametrize("shape", [(2, 64, 77, 2, 40), (3, 33, 77, 3, 8), (1, 9, 5, 1, 33)], ids=str)
+def test_cross_attention(ops: Ops, dtype: torch.dtype, shape: tuple[int, ...], n_tokens: int) -> None:
+    torch.manual_seed(0)
+    B, N, S, H, D = shape
+    q, k, v = (_random(B, n, H * D, dtype=dtype) for n in (N, S, S))
+    tokens = torch.randint(0, S, (B, n_tokens))
+    exact = cross_attention_ref(q.double(), k.double(), v.double(), tokens, H)
+    eager, actual = cross_attention_ref(q, k, v, tokens, H), ops.cross_attention(q, k, v, tokens, H)
+    for results in zip(actual, eager, exact, strict=True):
+        assert_as_accurate(*results) if results[0].numel() else None
+        assert results[0].shape == results[2].shape
+
+
+@pytest.mark.parametrize("preset", _PRESETS)
+@pytest.mark.parametrize("shape", [(1, 64, 2, 40), (2, 33, 1, 16), (1, 257, 3, 8)], ids=str)
+def test_dbim(ops: Ops, dtype: torch.dtype, shape: tuple[int, ...], preset: str) -> None:
+    arguments = list(dbim_inputs(shape, dtype, preset).values())
+    _compare("dbim", ops, *arguments)
+
+
+@pytest.mark.parametrize("strength", [-1e4, -2.0, 0.0, 2.0, 1e4])
+def test_dbim_saturated(ops: Ops, strength: float) -> None:
+    inputs = dbim_inputs((1, 40, 2, 16), torch.float32, ((10.0, 1000.0, 500.0), False), strength, size=20.0)
+    _compare("dbim", ops, *inputs.values())
+
+
+@pytest.mark.parametrize("shape", [(3, 64, 2, 40), (2, 5, 3, 7), (1, 33, 8, 320)], ids=str)
+def test_residual_apply(ops: Ops, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    F, N, K, C = shape
+    x, out, columns = _random(F, N, C, dtype=dtype), _random(2, N, C, dtype=dtype), _random(2, N, K, dtype=dtype)
+    leaders, residuals = torch.randint(0, 2, (F,)), _random(F, K, C, dtype=dtype)
+    _compare("residual_apply", ops, x, out, columns, leaders, residuals)
+    nothing = ops.residual_apply(x, out, columns, leaders, torch.zeros_like(residuals))
+    assert torch.equal(nothing, (x.float() + out[leaders].float()).to(dtype))
+
+
+@pytest.mark.parametrize("op", ["group_norm", "group_norm_silu"])
+@pytest.mark.parametrize("shape", [(2, 64, 8, 8, 32), (1, 96, 5, 7, 3), (2, 10, 1, 1, 5), (1, 33, 70, 3, 1)], ids=str)
+def test_group_norm(ops: Ops, dtype: torch.dtype, threads: int, shape: tuple[int, ...], op: str) -> None:
+    torch.manual_seed(threads)
+    B, C, height, width, groups = shape
+    x = _random(B, height, width, C, dtype=dtype).permute(0, 3, 1, 2)
+    weight, bias = _random(C, dtype=dtype), _random(C, dtype=dtype)
+    _compare(op, ops, x, weight, bias, groups, 1e-5)
+    assert getattr(ops, op)(x, weight, bias, groups, 1e-5).is_contiguous(memory_format=torch.channels_last)
+
+
+def test_group_norm_of_a_large_mean(ops: Ops) -> None:
+    torch.manual_seed(0)
+    x = (torch.randn(1, 32, 16, 16) + 300).contiguous(memory_format=torch.channels_last)
+    _compare("group_norm", ops, x, torch.ones(32), torch.zeros(32), 4, 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 320), (3, 5, 33), (1, 1, 1)], ids=str)
+def test_layer_norm(ops: Ops, dtype: torch.dtype, threads: int, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(threads)
+    x = 3 * _random(*shape, dtype=dtype) + 5
+    _compare("layer_norm", ops, x, _random(shape[-1], dtype=dtype), _random(shape[-1], dtype=dtype), 1e-5)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 640), (3, 5, 34), (1, 2)], ids=str)
+def test_geglu(ops: Ops, dtype: torch.dtype, threads: int, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(threads)
+    _compare("geglu", ops, 3 * _random(*shape, dtype=dtype))
+    extreme = torch.tensor([[1.0, 1.0, 1.0, 1.0, -200.0, 200.0, 0.0, -6.0]]).to(dtype)
+    _compare("geglu", ops, extreme)
+
+
+@pytest.mark.parametrize("level", LEVELS)
+def test_a_whole_picture(small_folder: Any, small: engine.Engine, level: str) -> None:
+    if level not in levels():
+        pytest.skip(f"this processor runs {', '.join(levels())}")
+    reference = engine.load(small_folder, backend="torch")
+    assert small.backend.name == "native"
+    native = engine.load(small_folder, backend="native")
+    for module in [*native.unet.modules(), *native.vae.modules()]:
+        if hasattr(module, "ops"):
+            module.ops = native_ops(level)
+    options = {"steps": 3, "seed": 0, "output": "latent", "progress": False, "customization": engine.DCI("cat", "dog")}
+    expected = reference.generate("a photo of a cat", **options).latents
+    actual = native.generate("a photo of a cat", **options).latents
+    assert float((actual - expected).norm() / expected.norm()) < 2e-5
+    for images in (expected, expected[:, :, :5, :7]):
+        torch.testing.assert_close(native.vae.decode(images), reference.vae.decode(images), rtol=1e-4, atol=1e-4)
+
+
+def test_refusals(small_folder: Any) -> None:
+    ops = native_ops()
+    x = torch.randn(1, 4, 8)
+    for arguments in ((x.half(),), (x.double(),), (x.transpose(1, 2),)):
+        with pytest.raises(ValueError, match="native kernels take contiguous float32 or bfloat16 CPU tensors"):
+            ops.geglu(*arguments)
+    with pytest.raises(RuntimeError, match="no gradients"):
+        ops.geglu(x.clone().requires_grad_())
+    with pytest.raises(ValueError, match="must be channels-last"):
+        ops.group_norm(torch.randn(1, 4, 3, 5), torch.ones(4), torch.ones(4), 2, 1e-5)
+    wide = torch.randn(1, 4, 1024)
+    with pytest.raises(ValueError, match="head dims must be at most 512"):
+        ops.attention(wide, wide, wide, 1)
+    many = torch.randn(1, 1000, 8)
+    with pytest.raises(ValueError, match="keys must be at most"):
+        ops.cross_attention(many, many, many, torch.zeros(1, 1, dtype=torch.int64), 1)
+    with pytest.raises(RuntimeError, match="backend 'native' needs float32 or bfloat16 on a CPU"):
+        engine.load(small_folder, backend="native", dtype="float16")
+    with pytest.raises(RuntimeError, match="got 'avx1024'"):
+        native_ops("avx1024")
+    assert all(getattr(ops, field.name) for field in fields(Ops))
