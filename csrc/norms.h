@@ -10,8 +10,6 @@
 
 namespace twinstream {
 
-constexpr int64_t kChunk = 32;  // positions whose activations stay in the first-level cache
-
 // Count, mean and sum of squared distances from it.
 struct Moments {
   double count = 0, mean = 0, squares = 0;
@@ -35,17 +33,26 @@ template <typename T>
 void chunk_moments(const T* x, int64_t first, int64_t last, int64_t C, int64_t G, Moments* groups, float* means,
                    float* squares) {
   const float count = last - first, share = 1.0f / count;
-  std::fill(means, means + C, 0.0f);
-  std::fill(squares, squares + C, 0.0f);
-  for (int64_t at = first; at < last; at++)
-    each(C, [&](int64_t c, int lanes) { put(means + c, take(means + c, lanes) + take(x + at * C + c, lanes), lanes); });
-  for (int64_t c = 0; c < C; c++) means[c] *= share;
-  for (int64_t at = first; at < last; at++)
-    each(C, [&](int64_t c, int lanes) {
-      const Floats distance = take(x + at * C + c, lanes) - take(means + c, lanes);
-      put(squares + c, take(squares + c, lanes) + distance * distance, lanes);
-    });
-  for (int64_t c = 0; c < C; c++) groups[c / (C / G)].merge({count, means[c], squares[c]});
+  each(C, [&](int64_t c, int lanes) {
+    Floats total = {}, apart = {};
+    for (int64_t at = first; at < last; at++) total += take(x + at * C + c, lanes);
+    const Floats mean = total * share;
+    for (int64_t at = first; at < last; at++) {
+      const Floats distance = take(x + at * C + c, lanes) - mean;
+      apart += distance * distance;
+    }
+    put(means + c, mean, lanes);
+    put(squares + c, apart, lanes);
+  });
+  const int64_t width = C / G;
+  for (int64_t g = 0; g < G; g++) {
+    double mean = 0, total = 0;
+    for (int64_t c = g * width; c < (g + 1) * width; c++) mean += means[c];
+    mean /= width;
+    for (int64_t c = g * width; c < (g + 1) * width; c++)
+      total += squares[c] + count * (means[c] - mean) * (means[c] - mean);
+    groups[g] = {(double)count * width, mean, total};
+  }
 }
 
 // y = silu((x - mean) / sqrt(var + eps) * weight + bias) over groups of channels; x (B, N, C). The mean is subtracted
@@ -53,7 +60,8 @@ void chunk_moments(const T* x, int64_t first, int64_t last, int64_t C, int64_t G
 template <typename T>
 void group_norm(const T* x, const T* weight, const T* bias, T* out, int64_t B, int64_t N, int64_t C, int64_t G,
                 float eps, bool with_silu) {
-  const int64_t chunks = (N + kChunk - 1) / kChunk;
+  const int64_t chunk = std::clamp<int64_t>(8192 / C, 8, 128);  // positions that stay in the first-level cache
+  const int64_t chunks = (N + chunk - 1) / chunk;
   std::vector<Moments> parts(B * chunks * G);
   std::vector<float> centre(B * C), scale(B * C);
 #pragma omp parallel
@@ -61,15 +69,15 @@ void group_norm(const T* x, const T* weight, const T* bias, T* out, int64_t B, i
     std::vector<float> means(C), squares(C);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < B * chunks; task++) {
-      const int64_t first = task % chunks * kChunk;
-      chunk_moments(x + task / chunks * N * C, first, std::min(N, first + kChunk), C, G, &parts[task * G], means.data(),
+      const int64_t first = task % chunks * chunk;
+      chunk_moments(x + task / chunks * N * C, first, std::min(N, first + chunk), C, G, &parts[task * G], means.data(),
                     squares.data());
     }
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < B * G; task++) {
       const int64_t b = task / G, g = task % G, width = C / G;
       Moments all_of;
-      for (int64_t chunk = 0; chunk < chunks; chunk++) all_of.merge(parts[(b * chunks + chunk) * G + g]);
+      for (int64_t i = 0; i < chunks; i++) all_of.merge(parts[(b * chunks + i) * G + g]);
       const double rstd = 1.0 / std::sqrt(all_of.squares / all_of.count + eps);
       for (int64_t c = g * width; c < (g + 1) * width; c++) {
         centre[b * C + c] = all_of.mean;

@@ -55,9 +55,10 @@ class ResnetBlock2D(nn.Module):
         """``x`` is (B, C, h, w); ``shift`` (B, C_out) is the projected time embedding."""
         h = self.conv1(self.norm1(x))
         if shift is not None:
-            h = h + shift[:, :, None, None]
+            h += shift[:, :, None, None]
         h = self.conv2(self.norm2(h))
-        return h + (x if self.conv_shortcut is None else self.conv_shortcut(x))
+        h += x if self.conv_shortcut is None else self.conv_shortcut(x)
+        return h
 
 
 class Downsample2D(nn.Module):

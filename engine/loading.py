@@ -16,6 +16,7 @@ from .engine import Engine
 from .errors import CheckpointError
 from .native import DTYPES, levels, native_ops
 from .ops import TORCH, TRITON, Ops
+from .packing import pack_convolutions
 from .result import Result
 from .text import TextEncoder
 from .unet import UNet2DConditionModel
@@ -63,6 +64,9 @@ def load(
     text_encoder = _load_text_encoder(checkpoint, where, kind)
     load_module(unet, checkpoint.unet, where, kind)
     load_module(vae, checkpoint.vae, where, kind)
+    if ops.name == "native":
+        pack_convolutions(unet)
+        pack_convolutions(vae)
     return Engine(checkpoint.name, unet, vae, text_encoder, checkpoint.schedule, ops)
 
 

@@ -1,5 +1,6 @@
 """Native CPU kernels, at every level this processor runs: accuracy, odd sizes, threads, alignment, refusals."""
 
+import copy
 from collections.abc import Iterator
 from dataclasses import fields
 from typing import Any
@@ -12,6 +13,7 @@ import engine
 from engine.kernels.cross_attention import cross_attention_ref
 from engine.native import DTYPES, LEVELS, levels, native_ops
 from engine.ops import TORCH, Ops
+from engine.packing import pack_convolutions
 from tests.kernels.accuracy import assert_as_accurate
 from tests.kernels.test_dbim import _PRESETS
 from tests.kernels.test_dbim import _inputs as dbim_inputs
@@ -195,3 +197,23 @@ def test_refusals(small_folder: Any) -> None:
     with pytest.raises(RuntimeError, match="got 'avx1024'"):
         native_ops("avx1024")
     assert all(getattr(ops, field.name) for field in fields(Ops))
+
+
+def test_packed_convolutions_follow_their_weights(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(torch.nn.Conv2d(8, 24, 3, stride=2, padding=1), torch.nn.Conv2d(24, 5, 1))
+    model.to(dtype).requires_grad_(False)
+    plain, state = copy.deepcopy(model), model.state_dict()
+    pack_convolutions(model)
+    assert [type(module).__name__ for module in model] == ["PackedConv2d", "PointwiseConv2d"]
+    assert model.state_dict().keys() == state.keys()
+    assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
+    few, many = torch.randn(2, 8, 9, 7).to(dtype), torch.randn(1, 8, 40, 40).to(dtype)
+    other = torch.nn.Parameter(torch.randn_like(model[0].weight), requires_grad=False)
+    changes = (lambda conv: None, lambda conv: conv.weight.mul_(2), lambda conv: setattr(conv, "weight", other))
+    for change in changes:
+        change(model[0])
+        plain[0].weight = torch.nn.Parameter(model[0].weight.clone(), requires_grad=False)
+        for x in (few, many, few):
+            exact = copy.deepcopy(plain).double()(x.double())
+            assert_as_accurate(model(x), plain(x), exact)
