@@ -38,18 +38,49 @@ def _speed(path: Path, result: dict[str, Any]) -> str:
         f"{about['cpu']} ({about['cpu_flags']}), {about['threads']} threads, torch {about['versions']['torch']}, "
         f"diffusers {about['versions']['diffusers']}, commit {about['commit'][:9]} "
         f"([{path.name}](benchmarks/results/{path.name})); median ms (p10 to p90), "
-        "relative error against diffusers in float32:\n",
-        "| case | dtype | twinstream | diffusers eager | ratio | error (diffusers') |",
-        "| --- | --- | --- | --- | --- | --- |",
+        "relative error against diffusers in float32, peak memory of a process of its own; diffusers is eager, and also "
+        "through torch.compile (inductor):\n",
+        "| case | dtype | twinstream | diffusers | ratio | torch.compile | error (diffusers') | GB (diffusers') |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (case, dtype), systems in rows.items():
-        ours, theirs = systems["twinstream"], systems["diffusers_eager"]
+        if "diffusers_eager" not in systems:
+            continue
+        ours, theirs, compiled = systems["twinstream"], systems["diffusers_eager"], systems.get("diffusers_compile")
         ratio = theirs["median_ms"] / ours["median_ms"]
+        memory = [record["peak_memory_bytes"] for record in (ours, theirs)]
+        memory = "" if None in memory else f"{memory[0] / 1e9:.1f} ({memory[1] / 1e9:.1f})"
         lines.append(
             f"| {case} | {dtype} | {_time(ours)} | {_time(theirs)} | {ratio:.2f}x | "
+            f"{_time(compiled) if compiled else ''} | {ours['rel_error']:.1e} ({theirs['rel_error']:.1e}) | {memory} |"
+        )
+    return "\n".join(lines) + "\n" + _ops(rows)
+
+
+def _ops(rows: dict[tuple[str, str], dict[str, dict[str, Any]]]) -> str:
+    """Single ops: what they reach, and which share that is of the machine's fastest product or copy."""
+    lines = [
+        "\nSingle ops, two rows at SD v1.5's sizes, beside the machine's ceilings in the same run (a large matrix "
+        "product, a copy):\n",
+        "| op | dtype | twinstream | eager torch | ratio | reached | share of ceiling | error (torch's) |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    found = [(key, systems) for key, systems in rows.items() if "torch_eager" in systems]
+    for (case, dtype), systems in found:
+        ours, theirs = systems["twinstream"], systems["torch_eager"]
+        ceiling = rows[("product" if "flops" in ours else "copy", dtype)]["ceiling"]
+        (rate, unit), (most, _) = _rate(ours), _rate(ceiling)
+        lines.append(
+            f"| {case} | {dtype} | {_time(ours)} | {_time(theirs)} | {theirs['median_ms'] / ours['median_ms']:.2f}x | "
+            f"{rate:.0f} {unit} | {100 * rate / most:.0f} % of {most:.0f} | "
             f"{ours['rel_error']:.1e} ({theirs['rel_error']:.1e}) |"
         )
-    return "\n".join(lines) + "\n"
+    return "\n".join(lines) + "\n" if found else ""
+
+
+def _rate(record: dict[str, Any]) -> tuple[float, str]:
+    work, unit = (record["flops"], "GFLOP/s") if "flops" in record else (record["bytes"], "GB/s")
+    return work / record["median_ms"] / 1e6, unit
 
 
 def _time(record: dict[str, Any]) -> str:

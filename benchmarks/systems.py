@@ -7,6 +7,7 @@ maps and masks out.
 
 from __future__ import annotations
 
+import tempfile
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
@@ -24,6 +25,7 @@ from engine.request import Request, make_request
 from engine.rows import make_plans
 
 STEPS, GUIDANCE = 20, 7.5
+FULL_SIZE = Path(tempfile.gettempdir()) / "sd15-random"
 CONCEPT_SETS = 8
 _PROMPT = "a photo of a red cat on a beach"
 _NOUN, _AUXILIARY = "cat", "dog"
@@ -108,12 +110,32 @@ def concept_sets(widths: dict[str, int]) -> list[dict[str, Tensor]]:
     ]
 
 
-def diffusers_eager(folder: Path, dtype: torch.dtype) -> System:
-    """diffusers as its users run it on a CPU: SDPA attention, channels-last weights."""
+def _pipeline(folder: Path, dtype: torch.dtype) -> Any:
     pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
+    return pipeline
+
+
+def diffusers_compile(folder: Path, dtype: torch.dtype) -> System:
+    """diffusers with its UNet and VAE decoder through ``torch.compile`` (inductor), channels-last."""
+    pipeline = _pipeline(folder, dtype)
+    encoded = pipeline.encode_prompt(_PROMPT, "cpu", 1, True, negative_prompt="")
+    latents, context = _inputs(torch.cat([encoded[1], encoded[0]]), pipeline.unet.config.sample_size)
+    rows, unscaled = torch.cat([latents, latents]).to(dtype), (latents / pipeline.vae.config.scaling_factor).to(dtype)
+    unet, decode = torch.compile(pipeline.unet), torch.compile(pipeline.vae.decode)
+    timestep = torch.tensor(_TIMESTEP)
+    cases = {
+        "guided_step": lambda: _guide(unet(rows, timestep, context).sample),
+        "vae_decode": lambda: decode(unscaled).sample,
+    }
+    return System("diffusers_compile", cases)
+
+
+def diffusers_eager(folder: Path, dtype: torch.dtype) -> System:
+    """diffusers as its users run it on a CPU: SDPA attention, channels-last weights."""
+    pipeline = _pipeline(folder, dtype)
     encoded = pipeline.encode_prompt(_PROMPT, "cpu", 1, True, negative_prompt="")
     latents, context = _inputs(torch.cat([encoded[1], encoded[0]]), pipeline.unet.config.sample_size)
     rows, unscaled = torch.cat([latents, latents]).to(dtype), (latents / pipeline.vae.config.scaling_factor).to(dtype)

@@ -1,25 +1,31 @@
 """UNet step, VAE decode and whole pictures, beside diffusers in the same run (pytest-benchmark).
 
-The systems take turns: before every timed round of ours the peer runs one, timed by hand, so that a change in the
-machine's speed touches both alike.
+The systems take turns; see ``turns.py``.
 """
 
 from __future__ import annotations
 
-import tempfile
-import time
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import numpy as np
 import pytest
 import torch
 
-from benchmarks.systems import CONCEPT_SETS, System, diffusers_eager, full_size_folder, twinstream
+from benchmarks.systems import (
+    CONCEPT_SETS,
+    FULL_SIZE,
+    System,
+    diffusers_compile,
+    diffusers_eager,
+    full_size_folder,
+    twinstream,
+)
+from benchmarks.turns import milliseconds, take_turns
 from engine.checkpoint import EMBEDDED_MODEL
 
 _CASES = ("guided_step", "vae_decode", "generate_20")
+_COMPILED = _CASES[:2]  # which torch.compile runs too
 _METHOD_ROWS = {
     "infusion_parallel_1": 4,
     "infusion_shared": 3,
@@ -33,9 +39,19 @@ _TOLERANCES = {"float32": 2e-4, "bfloat16": 3e-2}
 
 
 @cache
-def _systems(model: str, dtype: str) -> tuple[System, System]:
-    folder = EMBEDDED_MODEL if model == "tinyworld" else full_size_folder(Path(tempfile.gettempdir()) / "sd15-random")
-    return twinstream(folder, _DTYPES[dtype]), diffusers_eager(folder, _DTYPES[dtype])
+def _folder(model: str) -> Path:
+    return EMBEDDED_MODEL if model == "tinyworld" else full_size_folder(FULL_SIZE)
+
+
+@cache
+def _systems(model: str, dtype: str) -> list[System]:
+    """Ours first, then diffusers."""
+    return [make(_folder(model), _DTYPES[dtype]) for make in (twinstream, diffusers_eager)]
+
+
+@cache
+def _compiled(model: str, dtype: str) -> System:
+    return diffusers_compile(_folder(model), _DTYPES[dtype])
 
 
 @cache
@@ -45,33 +61,20 @@ def _exact(model: str, case: str) -> torch.Tensor:
 
 
 def _compare(benchmark: Any, model: str, case: str, dtype: str, rounds: int, rows: int = 2) -> None:
-    ours, theirs = (system.cases[case] for system in _systems(model, dtype))
-    peer_seconds: list[float] = []
-
-    def peer_round() -> None:
-        start = time.perf_counter()
-        theirs()
-        peer_seconds.append(time.perf_counter() - start)
-
+    systems = [*_systems(model, dtype), *([_compiled(model, dtype)] if case in _COMPILED else [])]
+    runs = {system.name: system.cases[case] for system in systems}
     with torch.no_grad():
         exact = _exact(model, case)
-        error, peer_error = (float((run().double() - exact).norm() / exact.norm()) for run in (ours, theirs))
-        assert error <= max(_TOLERANCES[dtype], 2 * peer_error)
-        benchmark.pedantic(ours, setup=peer_round, rounds=rounds, warmup_rounds=1)
-    own = benchmark.stats.stats.data
+        errors = {name: float((run().double() - exact).norm() / exact.norm()) for name, run in runs.items()}
+        assert errors["twinstream"] <= max(_TOLERANCES[dtype], 2 * errors["diffusers_eager"])
+        seconds = take_turns(benchmark, runs.pop("twinstream"), runs, rounds)
     if case.endswith(f"_{CONCEPT_SETS}"):
         case += "_per_concept"
-        own, peer_seconds = ([each / CONCEPT_SETS for each in seconds] for seconds in (own, peer_seconds))
+        seconds = {name: [each / CONCEPT_SETS for each in own] for name, own in seconds.items()}
     prefix = {"case": case if model == "tinyworld" else f"{case}_full_size", "dtype": dtype, "rows": rows}
     benchmark.extra_info["records"] = [
-        {**prefix, "system": "twinstream", **_milliseconds(own), "rel_error": error},
-        {**prefix, "system": "diffusers_eager", **_milliseconds(peer_seconds[-len(own) :]), "rel_error": peer_error},
+        {**prefix, "system": name, **milliseconds(own), "rel_error": errors[name]} for name, own in seconds.items()
     ]
-
-
-def _milliseconds(seconds: list[float]) -> dict[str, float]:
-    p10, median, p90 = np.percentile(np.array(seconds) * 1e3, [10, 50, 90])
-    return {"median_ms": round(median, 3), "p10_ms": round(p10, 3), "p90_ms": round(p90, 3)}
 
 
 @pytest.mark.parametrize("dtype", _DTYPES)
