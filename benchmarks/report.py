@@ -38,7 +38,7 @@ def _speed(path: Path, result: dict[str, Any]) -> str:
         f"{about['cpu']} ({about['cpu_flags']}), {about['threads']} threads, torch {about['versions']['torch']}, "
         f"diffusers {about['versions']['diffusers']}, commit {about['commit'][:9]} "
         f"([{path.name}](benchmarks/results/{path.name})); median ms (p10 to p90), "
-        "relative error against diffusers in float32, peak memory of a process of its own; diffusers is eager, and also "
+        "relative error against diffusers in float32, peak memory of a process of its own; diffusers eager, and "
         "through torch.compile (inductor):\n",
         "| case | dtype | twinstream | diffusers | ratio | torch.compile | error (diffusers') | GB (diffusers') |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",

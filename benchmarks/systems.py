@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 import engine
-from engine.conditioning import Conditioning
+from engine.conditioning import Conditioning, Shared
 from engine.dci import PRESETS
 from engine.request import Request, make_request
 from engine.rows import make_plans
@@ -49,11 +49,12 @@ def twinstream(folder: Path, dtype: torch.dtype) -> System:
     latents, context = _inputs(sd.encode_prompt(["", _PROMPT]), sd.unet.config.sample_size)
     with torch.no_grad():
         shifts = tuple(shift.expand(2, -1) for shift in sd.unet.time_shifts(torch.tensor([_TIMESTEP])))
-        condition = Conditioning(shifts, sd.unet.text_kv(context))
-    rows, unscaled = torch.cat([latents, latents]).to(dtype), (latents / sd.vae.config.scaling_factor).to(dtype)
+        shared = Shared(torch.tensor([0, 0]), torch.tensor([0]))
+        condition = Conditioning(shifts, sd.unet.text_kv(context), shared=shared)
+    sample, unscaled = latents.to(dtype), (latents / sd.vae.config.scaling_factor).to(dtype)
 
     def guided_step() -> Tensor:
-        return _guide(sd.unet.denoise(rows, condition))
+        return _guide(sd.unet.denoise(sample, condition))
 
     def generate() -> Tensor:
         out = sd.generate(_PROMPT, steps=STEPS, guidance_scale=GUIDANCE, seed=0, output="numpy", progress=False)
@@ -80,12 +81,13 @@ def _planned_step(sd: engine.Engine, customizations: list[Any], latents: Tensor)
         (plan,) = make_plans(request, 1, sd.text_encoder, sd._encode, sd._project, sd.device)
         shifts = sd.unet.time_shifts(torch.tensor([_TIMESTEP]))
         text = tuple((keys[plan.texts], values[plan.texts]) for keys, values in plan.text_kv)
-    rows = latents.to(sd.dtype).expand(len(plan.trajectories), -1, -1, -1).contiguous()
-    shifts = tuple(shift.expand(len(rows), -1) for shift in shifts)
-    condition = Conditioning(shifts, text, plan.following, plan.mixing)
+    n_entries = len(plan.trajectories if plan.shared is None else plan.starts)
+    sample = latents.to(sd.dtype).expand(n_entries, -1, -1, -1).contiguous()
+    shifts = tuple(shift.expand(len(plan.trajectories), -1) for shift in shifts)
+    condition = Conditioning(shifts, text, plan.following, plan.mixing, plan.shared)
 
     def step() -> Tensor:
-        noise_pred = sd.unet.denoise(rows, condition).float()
+        noise_pred = sd.unet.denoise(sample, condition).float()
         unconditional, conditional = noise_pred[plan.unconditional], noise_pred[plan.conditional]
         return (unconditional + GUIDANCE * (conditional - unconditional))[plan.pictures]
 

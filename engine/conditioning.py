@@ -52,6 +52,19 @@ class Mixing:
 
 
 @dataclass(frozen=True, slots=True)
+class Shared:
+    """Rows that see the same latents, computed once until a text tells them apart at the first cross-attention.
+
+    Attributes:
+        rows: (B,) int64, the entry of the P < B latents that each row sees.
+        firsts: (P,) int64, one row of each entry.
+    """
+
+    rows: Tensor
+    firsts: Tensor
+
+
+@dataclass(frozen=True, slots=True)
 class Conditioning:
     """What the rows of a batch are conditioned on, projected for every layer.
 
@@ -60,6 +73,7 @@ class Conditioning:
         text: per cross-attention layer, keys and values (B - F, S, C) of the rows that own their map.
         following: how the other F rows follow these; None if there are none.
         mixing: how the last of the map-owning rows mix; None if none does.
+        shared: which of the rows share latents, which then come once; None if each has its own.
         observe: called with layer, attention output (B - F, N, C) and map columns (B - F, N, T*H) where tokens are
             followed.
         observe_masks: called with layer and masks (2M, H, N) float32, the softmax over space, where rows mix by masks.
@@ -69,5 +83,10 @@ class Conditioning:
     text: tuple[tuple[Tensor, Tensor], ...]
     following: Following | None = None
     mixing: Mixing | None = None
+    shared: Shared | None = None
     observe: Observe | None = None
     observe_masks: ObserveMasks | None = None
+
+    def to_rows(self, x: Tensor) -> Tensor:
+        """Activations of all rows, from those of all rows or of shared latents."""
+        return x if self.shared is None or len(x) == len(self.shared.rows) else x[self.shared.rows]

@@ -56,10 +56,12 @@ def denoise(
             text = tuple((keys[plan.texts], values[plan.texts]) for keys, values in plan.text_kv)
             observe = None if recorder is None else recorder.watching(plan.watched)
             observe_masks = None if mask_recorder is None else mask_recorder.watching(plan.mixed_images)
-        rows = (x * table.input_scale[i]).to(dtype)[plan.trajectories]
-        shift = tuple(shift[i].expand(len(rows), -1) for shift in shifts)
-        condition = Conditioning(shift, text, plan.following, plan.mixing, observe, observe_masks)
-        noise_pred = unet.denoise(rows, condition).float()
+        latents = (x * table.input_scale[i]).to(dtype)
+        if plan.shared is None:
+            latents = latents[plan.trajectories]
+        shift = tuple(shift[i].expand(len(plan.trajectories), -1) for shift in shifts)
+        condition = Conditioning(shift, text, plan.following, plan.mixing, plan.shared, observe, observe_masks)
+        noise_pred = unet.denoise(latents, condition).float()
         unconditional, conditional = noise_pred[plan.unconditional], noise_pred[plan.conditional]
         noise_pred = unconditional + plan.guidance_scale * (conditional - unconditional)
         fresh = noise[i][plan.starts] if i < table.noise_draws else None

@@ -16,7 +16,7 @@ from torch import Tensor
 
 from .attention import Watched
 from .concept import Concept
-from .conditioning import Following, Mixing
+from .conditioning import Following, Mixing, Shared
 from .dci import DCI, Branches, make_branches
 from .ico import TextKV
 from .infusion import Infusion, token_positions
@@ -47,6 +47,7 @@ class RowPlan:
         guidance_scale: (P, 1, 1, 1) float32.
         following: how rows follow others, and whose map columns are watched; None for neither.
         mixing: how the last map-owning rows mix; None if none does.
+        shared: the same as ``trajectories`` where there are fewer trajectories than rows, else None.
         mixed_images: the image of each mixing pair.
         watched: for each image its map-owning row, and the slots of each attention word's tokens among the columns.
         pictures: (I,) each image's own trajectory.
@@ -64,6 +65,7 @@ class RowPlan:
     guidance_scale: Tensor
     following: Following | None
     mixing: Mixing | None
+    shared: Shared | None
     mixed_images: tuple[int, ...]
     watched: tuple[Watched, ...]
     pictures: Tensor
@@ -186,6 +188,8 @@ class _Rows:
         owners = [owner for segment in self.owners.values() for owner in segment]
         slots = self._slots(len(owners))
         columns_wanted = self.followers or self.request.attention_words
+        trajectories = [trajectory for trajectory, *_ in (*owners, *self.followers)]
+        firsts = [trajectories.index(trajectory) for trajectory in range(len(self.trajectories))]
 
         def index(values: Sequence[int]) -> Tensor:
             return torch.tensor(values, dtype=torch.int64, device=device)
@@ -194,7 +198,7 @@ class _Rows:
             steps=steps,
             inherits=index(inherits),
             starts=index(list(self.trajectories.values())),
-            trajectories=index([trajectory for trajectory, *_ in (*owners, *self.followers)]),
+            trajectories=index(trajectories),
             texts=index([texts.index(text) for _, text in owners]),
             text_kv=text_kv,
             unconditional=index([self._number(row) for row, _ in self.guided]),
@@ -202,6 +206,7 @@ class _Rows:
             guidance_scale=torch.full((len(self.guided), 1, 1, 1), self.request.guidance_scale, device=device),
             following=self._following(slots, project, device) if columns_wanted else None,
             mixing=self._mixing(len(text_kv), device) if self.pairs else None,
+            shared=Shared(index(trajectories), index(firsts)) if len(firsts) < len(trajectories) else None,
             mixed_images=tuple(i for i, _, _ in self.pairs),
             watched=tuple(
                 (self._number(row), [[slots[self._number(row)].index(position) for position in word] for word in words])

@@ -115,7 +115,7 @@ class BasicTransformerBlock(nn.Module):
         self.ff = FeedForward(channels, ops)
 
     def forward(self, x: Tensor, condition: Conditioning) -> Tensor:
-        x = x + self.attn1(self.norm1(x))
+        x = condition.to_rows(x + self.attn1(self.norm1(x)))
         if condition.following is None:
             x = x + self.attn2(self.norm2(x), condition)
         else:
@@ -156,4 +156,4 @@ class Transformer2DModel(nn.Module):
         tokens = self.proj_in(self.norm(x)).permute(0, 2, 3, 1).reshape(B, height * width, C)
         for block in self.transformer_blocks:
             tokens = block(tokens, condition)
-        return x + self.proj_out(tokens.reshape(B, height, width, C).permute(0, 3, 1, 2))
+        return condition.to_rows(x) + self.proj_out(tokens.unflatten(1, (height, width)).permute(0, 3, 1, 2))

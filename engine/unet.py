@@ -27,7 +27,10 @@ class UNetResnet(ResnetBlock2D):
         self.layer = -1  # position among the UNet's resnets in forward order
 
     def forward(self, x: Tensor, condition: Conditioning) -> Tensor:
-        return super().forward(x, condition.shifts[self.layer])
+        shift = condition.shifts[self.layer]
+        if condition.shared is not None and len(x) < len(shift):
+            shift = shift[condition.shared.firsts]
+        return super().forward(x, shift)
 
 
 class UNetStage(nn.Module):
@@ -149,11 +152,12 @@ class UNet2DConditionModel(nn.Module):
         return tuple((attn2.to_k(context), attn2.to_v(context)) for attn2 in self.cross_attentions.values())
 
     def denoise(self, sample: Tensor, condition: Conditioning) -> Tensor:
-        """Noise prediction (B, 4, h, w) for latents ``sample`` of the weights' dtype."""
+        """Noise prediction (B, 4, h, w) for latents ``sample`` (B, 4, h, w), or (P, 4, h, w) where rows share them."""
         x = self.conv_in(sample)
         skips = [x]
         for block in self.down_blocks:
             skips += block(skips[-1], condition)
+        skips = [condition.to_rows(skip) for skip in skips]
         x = self.mid_block(skips[-1], condition)
         for block in self.up_blocks:
             x = block(x, skips, condition)

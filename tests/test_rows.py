@@ -12,7 +12,7 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import engine
 from benchmarks.systems import default_request
-from engine.conditioning import Conditioning, Following, Mixing
+from engine.conditioning import Conditioning, Following, Mixing, Shared
 from engine.config import UNetConfig
 from engine.rows import make_plans
 from engine.text import Text
@@ -52,6 +52,34 @@ def test_a_following_row_costs_less_than_a_plain_one() -> None:
     assert follower <= 0.97 * plain
     leader = _flops(unet, 1, 1) - follower
     assert leader <= 1.002 * plain  # the columns cost next to nothing
+
+
+def test_rows_of_one_picture_share_what_no_text_reaches() -> None:
+    with torch.device("meta"), torch.no_grad():
+        unet = UNet2DConditionModel(UNetConfig.from_dict(SD_V1_5_UNET))
+        shifts = tuple(shift.expand(2, -1) for shift in unet.time_shifts(torch.empty(1)))
+        text, index = unet.text_kv(torch.empty(2, 77, 768)), torch.empty(2, dtype=torch.int64)
+        with FlopCounterMode(display=False) as counter:
+            unet.denoise(torch.empty(1, 4, 64, 64), Conditioning(shifts, text, shared=Shared(index, index[:1])))
+    assert counter.get_total_flops() <= 0.975 * _flops(unet, 2, 0)
+
+
+@pytest.mark.parametrize("first_block", ["DownBlock2D", "CrossAttnDownBlock2D"])
+def test_shared_rows_get_what_each_gets_alone(first_block: str) -> None:
+    """Also where a whole stage, its skips among it, comes before the first cross-attention."""
+    torch.manual_seed(0)
+    down = (first_block, "CrossAttnDownBlock2D", "DownBlock2D")
+    up = tuple(name.replace("Down", "Up") for name in reversed(down))
+    sizes = {"block_out_channels": [16, 16, 32], "layers_per_block": 1, "attention_head_dim": 2, "norm_num_groups": 8}
+    config = {**SD_V1_5_UNET, **sizes, "down_block_types": down, "up_block_types": up, "cross_attention_dim": 12}
+    unet = UNet2DConditionModel(UNetConfig.from_dict(config)).double()
+    latents, context = torch.randn(2, 4, 8, 8).double(), torch.randn(5, 7, 12).double()
+    rows, firsts, timesteps = torch.tensor([1, 0, 0, 1, 0]), torch.tensor([1, 0]), torch.tensor([7, 300])
+    with torch.no_grad():
+        shifts, text = unet.time_shifts(timesteps[rows]), unet.text_kv(context)
+        shared = unet.denoise(latents, Conditioning(shifts, text, shared=Shared(rows, firsts)))
+        alone = unet.denoise(latents[rows], Conditioning(shifts, text))
+    torch.testing.assert_close(shared, alone)
 
 
 class _Pointwise(TorchDispatchMode):
