@@ -118,14 +118,12 @@ struct Attention {
 
   template <int C>
   void gather(const E* weights, const E* values, float* out, int64_t c0, int64_t n_pairs) const {
-    Floats sums[kRows][C];
+    Floats sums[kRows][C] = {};  // of this block alone: thousands of keys in one chain would lose digits
     float* at = out + c0 * kLanes;
     const int64_t row = value_vectors * kLanes;
-    for (int r = 0; r < kRows; r++)
-      for (int c = 0; c < C; c++) sums[r][c] = load(at + r * row + c * kLanes);
     accumulate(sums, weights, kBlock / kPair, values + c0 * kLanes, row, kLanes, n_pairs);
     for (int r = 0; r < kRows; r++)
-      for (int c = 0; c < C; c++) store(at + r * row + c * kLanes, sums[r][c]);
+      for (int c = 0; c < C; c++) store(at + r * row + c * kLanes, load(at + r * row + c * kLanes) + sums[r][c]);
   }
 
   // exp2(scale * (scores - top)) of one row as weights, with the running maximum and sum brought up to date.

@@ -23,6 +23,7 @@ pytestmark = pytest.mark.skipif(not levels(), reason="native kernels are not bui
 _ATTENTION = [  # B, N, S, heads, head dim
     (2, 64, 64, 2, 40),
     (1, 257, 1000, 2, 80),
+    (1, 9, 4096, 1, 40),
     (1, 7, 300, 2, 160),
     (3, 33, 77, 3, 8),
     (1, 9, 5, 1, 33),
