@@ -172,15 +172,17 @@ def _dci(path: Path, result: dict[str, Any]) -> str:
     return "\n".join(lines) + "\n"
 
 
+def pooled(measured: list[dict[str, Any]], what: str) -> tuple[float, float, float]:
+    """The share that is right over all concepts, and its 95 % interval."""
+    counts = [(round(one[what]["share"] * one[what]["n"]), one[what]["n"]) for one in measured]
+    right, n = (sum(column) for column in zip(*counts, strict=True))
+    return right / n, *interval([True] * right + [False] * (n - right))
+
+
 def _pooled(measured: list[dict[str, Any]]) -> str:
     """Concept and background over all concepts."""
-    cells = []
-    for what in ("concept", "background"):
-        counts = [(round(one[what]["share"] * one[what]["n"]), one[what]["n"]) for one in measured]
-        right, n = (sum(column) for column in zip(*counts, strict=True))
-        low, high = interval([True] * right + [False] * (n - right))
-        cells.append(f"{100 * right / n:.0f} ({100 * low:.0f} to {100 * high:.0f})")
-    return " | ".join(cells)
+    shares = (pooled(measured, what) for what in ("concept", "background"))
+    return " | ".join(f"{100 * share:.0f} ({100 * low:.0f} to {100 * high:.0f})" for share, low, high in shares)
 
 
 def main() -> int:

@@ -1,7 +1,10 @@
 """Training of Infusion concepts: what gets gradients, what is resumed, what is refused."""
 
+import json
 import os
 import signal
+import sys
+import types
 from pathlib import Path
 
 import numpy as np
@@ -181,3 +184,28 @@ def test_bad_arguments_are_refused(small: engine.Engine, tmp_path: Path) -> None
     ):
         with pytest.raises(ValueError, match=message):
             _train(small, **options)
+
+
+def test_losses_go_to_tensorboard_where_it_is_installed(
+    small: engine.Engine, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    written, closed = [], []
+
+    class SummaryWriter:
+        def __init__(self, folder: str) -> None:
+            assert Path(folder) == tmp_path
+
+        def add_scalar(self, name: str, value: float, step: int) -> None:
+            written.append((name, step, round(value, 6)))
+
+        def close(self) -> None:
+            closed.append(True)
+
+    module = types.ModuleType("tensorboard")
+    module.SummaryWriter = SummaryWriter
+    monkeypatch.setitem(sys.modules, "torch.utils.tensorboard", module)
+    _train(small, steps=3, folder=tmp_path, sample_every=0)
+    logged = [json.loads(line) for line in (tmp_path / "log.jsonl").read_text().splitlines()]
+    assert written == [("loss", line["step"], line["loss"]) for line in logged]
+    assert len(written) == 3
+    assert closed == [True]
