@@ -93,4 +93,4 @@ def test_tinyworld_methods(benchmark: Any, case: str, dtype: str) -> None:
 @pytest.mark.parametrize("dtype", _DTYPES)
 @pytest.mark.parametrize("case", [*_CASES[:2], "dci_mixing_step"])
 def test_full_size(benchmark: Any, case: str, dtype: str) -> None:
-    _compare(benchmark, "full_size", case, dtype, rounds=5, rows=_METHOD_ROWS.get(case, 2))
+    _compare(benchmark, "full_size", case, dtype, rounds=3, rows=_METHOD_ROWS.get(case, 2))

@@ -108,7 +108,7 @@ class _Kernels:
         sizes, scratch = self._prepare(q, k, n_heads, is_bfloat16)
         n_tokens = tokens.shape[1]
         out, columns = torch.empty_like(q), q.new_empty(*q.shape[:2], n_tokens * n_heads)
-        tensors = (q, k, v, tokens.contiguous(), out, columns, scratch)
+        tensors = (q, k, v, _typed(tokens, torch.int64), out, columns, scratch)
         pointers = (tensor.data_ptr() for tensor in tensors)
         self.library.twinstream_attention(is_bfloat16, *pointers, ctypes.addressof(sizes), n_tokens)
         return out, columns
@@ -128,7 +128,8 @@ class _Kernels:
         self._check_keys(k)
         sizes, scratch = self._prepare(q, k, n_heads, is_bfloat16)
         out, masks = torch.empty_like(q), q.new_empty(q.shape[0], n_heads, q.shape[1], dtype=torch.float32)
-        tensors = (q, k, v, chosen.contiguous(), lengths.contiguous(), gates.contiguous(), out, masks, scratch)
+        small = (_typed(chosen, torch.bool), _typed(lengths, torch.int64), _typed(gates, torch.float32))
+        tensors = (q, k, v, *small, out, masks, scratch)
         pointers = (tensor.data_ptr() for tensor in tensors)
         self.library.twinstream_dbim(is_bfloat16, *pointers, ctypes.addressof(sizes), logits)
         return out
@@ -136,7 +137,8 @@ class _Kernels:
     def residual_apply(self, x: Tensor, out: Tensor, columns: Tensor, leaders: Tensor, residuals: Tensor) -> Tensor:
         is_bfloat16 = _check(x, out, columns, residuals)
         y, (F, N, C), K = torch.empty_like(x), x.shape, columns.shape[2]
-        pointers = (tensor.data_ptr() for tensor in (x, out, columns, leaders.contiguous(), residuals, y))
+        tensors = (x, out, columns, _typed(leaders, torch.int64), residuals, y)  # alive until the kernel is done
+        pointers = (tensor.data_ptr() for tensor in tensors)
         self.library.twinstream_residual_apply(is_bfloat16, *pointers, F, N, K, C)
         return y
 
@@ -198,3 +200,10 @@ def _check(*tensors: Tensor) -> bool:
         if tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("native kernels have no gradients; load the model with backend='torch'")
     return dtype == torch.bfloat16
+
+
+def _typed(tensor: Tensor, dtype: torch.dtype) -> Tensor:
+    """A small contiguous tensor of this dtype on the CPU."""
+    if tensor.dtype != dtype or tensor.device.type != "cpu":
+        raise ValueError(f"native kernels take {dtype} on the CPU here, got {tensor.dtype} on {tensor.device}")
+    return tensor.contiguous()

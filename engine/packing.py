@@ -6,6 +6,8 @@ convolution itself; at many it does not matter, and a second copy would only tak
 
 from __future__ import annotations
 
+from typing import Any
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -42,6 +44,9 @@ class PackedConv2d(nn.Module):
             packed = (weight, version, torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, x.shape))
             self._packed = packed
         return torch.ops.mkldnn._convolution_pointwise(x, packed[2], self.bias, *geometry, "none", [], "")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None}  # opaque: cannot be copied or pickled
 
 
 class PointwiseConv2d(nn.Module):

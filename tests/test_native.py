@@ -3,6 +3,7 @@
 import copy
 from collections.abc import Iterator
 from dataclasses import fields
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -10,6 +11,7 @@ import torch
 from torch import Tensor
 
 import engine
+from engine import native
 from engine.kernels.cross_attention import cross_attention_ref
 from engine.native import DTYPES, LEVELS, levels, native_ops
 from engine.ops import TORCH, Ops
@@ -197,7 +199,24 @@ def test_refusals(small_folder: Any) -> None:
         engine.load(small_folder, backend="native", dtype="float16")
     with pytest.raises(RuntimeError, match="got 'avx1024'"):
         native_ops("avx1024")
+    with pytest.raises(ValueError, match=r"take torch\.int64 on the CPU here, got torch\.int32"):
+        ops.residual_apply(x, x, x, torch.zeros(1, dtype=torch.int32), x)
     assert all(getattr(ops, field.name) for field in fields(Ops))
+
+
+def test_without_a_build_torch_serves(small_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(native, "_FOLDER", tmp_path)
+    levels.cache_clear()
+    native_ops.cache_clear()
+    try:
+        assert levels() == ()
+        assert engine.load(small_folder).backend is TORCH
+        with pytest.raises(RuntimeError, match="native kernels are not built; with a C"):
+            engine.load(small_folder, backend="native")
+    finally:
+        monkeypatch.undo()
+        levels.cache_clear()
+        native_ops.cache_clear()
 
 
 def test_packed_convolutions_follow_their_weights(dtype: torch.dtype) -> None:
@@ -218,3 +237,4 @@ def test_packed_convolutions_follow_their_weights(dtype: torch.dtype) -> None:
         for x in (few, many, few):
             exact = copy.deepcopy(plain).double()(x.double())
             assert_as_accurate(model(x), plain(x), exact)
+    assert torch.equal(copy.deepcopy(model)(few), model(few))
