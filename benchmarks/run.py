@@ -25,16 +25,10 @@ def main() -> int:
     arguments = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         raw = Path(folder) / "raw.json"
-        command = [
-            "pytest",
-            "benchmarks/test_speed.py",
-            "benchmarks/test_ops.py",
-            f"--benchmark-json={raw}",
-            "-q",
-            "-m",
-        ]
+        options = [f"--benchmark-json={raw}", "-q", "-m", "slow" if arguments.slow else "not slow"]
+        command = [sys.executable, "-m", "pytest", "benchmarks/test_speed.py", "benchmarks/test_ops.py", *options]
         # a process of its own, whose models are gone when memory is measured
-        status = subprocess.run([sys.executable, "-m", *command, "slow" if arguments.slow else "not slow"]).returncode
+        status = subprocess.run(command, check=False).returncode
         if not raw.exists() or not raw.stat().st_size:
             return status or 1
         benchmarks = json.loads(raw.read_text())["benchmarks"]
