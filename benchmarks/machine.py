@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 RESULTS = Path(__file__).parent / "results"
+_CODE = (":/", ":!/benchmarks/results", ":!/engine/assets/concepts", ":!/docs")  # what measuring does not write itself
 
 
 def machine(device: str = "cpu") -> dict[str, Any]:
@@ -27,7 +28,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "diffusers")},
-        "commit": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno") else ""),
+        "commit": _git("rev-parse", "HEAD") + ("+changes" if _git("status", "--porcelain", "-uno", "--", *_CODE) else ""),
         "date": datetime.date.today().isoformat(),
     }
 
