@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import datetime
+import json
 import platform
 import re
 import subprocess
@@ -32,6 +33,12 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "commit": _git("rev-parse", "HEAD") + ("+changes" if changed else ""),
         "date": datetime.date.today().isoformat(),
     }
+
+
+def write_result(path: Path, about: dict[str, Any], content: dict[str, Any]) -> None:
+    """Write a result file: what ``machine`` told, and what was measured."""
+    path.parent.mkdir(exist_ok=True)
+    path.write_text(json.dumps({"machine": about, **content}, indent=1) + "\n")
 
 
 def _git(*arguments: str) -> str:

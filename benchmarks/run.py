@@ -15,7 +15,7 @@ import tempfile
 from pathlib import Path
 from typing import Any
 
-from benchmarks.machine import RESULTS, machine
+from benchmarks.machine import RESULTS, machine, write_result
 from benchmarks.systems import FULL_SIZE
 
 
@@ -37,19 +37,14 @@ def main() -> int:
     name = re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']}-{about['cpu_flags']}".lower()).strip("-")
     size = "full-size-" if arguments.slow else ""
     path = RESULTS / f"{name}-{size}{about['date']}.json"
-    path.parent.mkdir(exist_ok=True)
     for record in records:
         record["peak_memory_bytes"] = None
-    _write(path, about, records)
+    write_result(path, about, {"records": records})  # kept, should measuring memory fail
     for record in records:
         record["peak_memory_bytes"] = _peak(record)
-    _write(path, about, records)
+    write_result(path, about, {"records": records})
     print(path)
     return status
-
-
-def _write(path: Path, about: dict[str, Any], records: list[dict[str, Any]]) -> None:
-    path.write_text(json.dumps({"machine": about, "records": records}, indent=1) + "\n")
 
 
 def _peak(record: dict[str, Any]) -> int | None:

@@ -112,20 +112,21 @@ def concept_sets(widths: dict[str, int]) -> list[dict[str, Tensor]]:
     ]
 
 
-def _pipeline(folder: Path, dtype: torch.dtype) -> Any:
+def _pipeline(folder: Path, dtype: torch.dtype) -> tuple[Any, Tensor, Tensor, Tensor]:
+    """A pipeline with channels-last weights; the two rows of a guided step, their context, and latents to decode."""
     pipeline: Any = diffusers.StableDiffusionPipeline.from_pretrained(folder, torch_dtype=dtype, safety_checker=None)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.unet.to(memory_format=torch.channels_last)
     pipeline.vae.to(memory_format=torch.channels_last)
-    return pipeline
+    encoded = pipeline.encode_prompt(_PROMPT, "cpu", 1, True, negative_prompt="")
+    latents, context = _inputs(torch.cat([encoded[1], encoded[0]]), pipeline.unet.config.sample_size)
+    rows, unscaled = torch.cat([latents, latents]).to(dtype), (latents / pipeline.vae.config.scaling_factor).to(dtype)
+    return pipeline, rows, context, unscaled
 
 
 def diffusers_compile(folder: Path, dtype: torch.dtype) -> System:
     """diffusers with its UNet and VAE decoder through ``torch.compile`` (inductor), channels-last."""
-    pipeline = _pipeline(folder, dtype)
-    encoded = pipeline.encode_prompt(_PROMPT, "cpu", 1, True, negative_prompt="")
-    latents, context = _inputs(torch.cat([encoded[1], encoded[0]]), pipeline.unet.config.sample_size)
-    rows, unscaled = torch.cat([latents, latents]).to(dtype), (latents / pipeline.vae.config.scaling_factor).to(dtype)
+    pipeline, rows, context, unscaled = _pipeline(folder, dtype)
     unet, decode = torch.compile(pipeline.unet), torch.compile(pipeline.vae.decode)
     timestep = torch.tensor(_TIMESTEP)
     cases = {
@@ -137,10 +138,7 @@ def diffusers_compile(folder: Path, dtype: torch.dtype) -> System:
 
 def diffusers_eager(folder: Path, dtype: torch.dtype) -> System:
     """diffusers as its users run it on a CPU: SDPA attention, channels-last weights."""
-    pipeline = _pipeline(folder, dtype)
-    encoded = pipeline.encode_prompt(_PROMPT, "cpu", 1, True, negative_prompt="")
-    latents, context = _inputs(torch.cat([encoded[1], encoded[0]]), pipeline.unet.config.sample_size)
-    rows, unscaled = torch.cat([latents, latents]).to(dtype), (latents / pipeline.vae.config.scaling_factor).to(dtype)
+    pipeline, rows, context, unscaled = _pipeline(folder, dtype)
 
     def guided_step() -> Tensor:
         return _guide(pipeline.unet(rows, _TIMESTEP, context).sample)

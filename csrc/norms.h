@@ -15,7 +15,6 @@ struct Moments {
   double count = 0, mean = 0, squares = 0;
 
   void merge(const Moments& other) {
-    if (other.count == 0) return;
     const double total = count + other.count, distance = other.mean - mean;
     squares += other.squares + distance * distance * count * other.count / total;
     mean += distance * other.count / total;

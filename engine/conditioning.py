@@ -90,3 +90,8 @@ class Conditioning:
     def to_rows(self, x: Tensor) -> Tensor:
         """Activations of all rows, from those of all rows or of shared latents."""
         return x if self.shared is None or len(x) == len(self.shared.rows) else x[self.shared.rows]
+
+    def shift(self, layer: int, x: Tensor) -> Tensor:
+        """A resnet's shift of the entries of ``x``, which are all rows or shared latents."""
+        shift = self.shifts[layer]
+        return shift if self.shared is None or len(x) == len(shift) else shift[self.shared.firsts]

@@ -118,7 +118,9 @@ def _ops(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
         raise RuntimeError(f"backend 'triton' needs a CUDA device, got {device}; use backend='torch'")
     if backend == "native" and not fits:
         raise RuntimeError(f"backend 'native' needs float32 or bfloat16 on a CPU, got {dtype} on {device}")
-    return {"torch": lambda: TORCH, "triton": lambda: TRITON, "native": native_ops}[backend]()
+    if backend == "native":
+        return native_ops()
+    return TRITON if backend == "triton" else TORCH
 
 
 def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype:

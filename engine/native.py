@@ -93,23 +93,21 @@ class _Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self.max_keys = library.twinstream_attention_block()  # where the map's rows are used
+        self.no_tokens = torch.empty(0, 0, dtype=torch.int64)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
-        is_bfloat16 = _check(q, k, v)
-        sizes, scratch = self._prepare(q, k, n_heads, is_bfloat16)
-        out = torch.empty_like(q)
-        pointers = (q.data_ptr(), k.data_ptr(), v.data_ptr(), None, out.data_ptr(), None, scratch.data_ptr())
-        self.library.twinstream_attention(is_bfloat16, *pointers, ctypes.addressof(sizes), 0)
-        return out
+        return self._attend(q, k, v, self.no_tokens, n_heads)[0]
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
-        is_bfloat16 = _check(q, k, v)
         self._check_keys(k)
+        return self._attend(q, k, v, _typed(tokens, torch.int64), n_heads)
+
+    def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
+        is_bfloat16 = _check(q, k, v)
         sizes, scratch = self._prepare(q, k, n_heads, is_bfloat16)
         n_tokens = tokens.shape[1]
         out, columns = torch.empty_like(q), q.new_empty(*q.shape[:2], n_tokens * n_heads)
-        tensors = (q, k, v, _typed(tokens, torch.int64), out, columns, scratch)
-        pointers = (tensor.data_ptr() for tensor in tensors)
+        pointers = (tensor.data_ptr() for tensor in (q, k, v, tokens, out, columns, scratch))
         self.library.twinstream_attention(is_bfloat16, *pointers, ctypes.addressof(sizes), n_tokens)
         return out, columns
 

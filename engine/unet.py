@@ -27,10 +27,7 @@ class UNetResnet(ResnetBlock2D):
         self.layer = -1  # position among the UNet's resnets in forward order
 
     def forward(self, x: Tensor, condition: Conditioning) -> Tensor:
-        shift = condition.shifts[self.layer]
-        if condition.shared is not None and len(x) < len(shift):
-            shift = shift[condition.shared.firsts]
-        return super().forward(x, shift)
+        return super().forward(x, condition.shift(self.layer, x))
 
 
 class UNetStage(nn.Module):

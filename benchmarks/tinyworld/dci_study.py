@@ -21,7 +21,7 @@ from PIL import Image
 from torch import Tensor
 
 import engine
-from benchmarks.machine import RESULTS, machine
+from benchmarks.machine import RESULTS, machine, write_result
 from benchmarks.systems import default_request
 from benchmarks.tinyworld.backgrounds import BACKGROUNDS
 from benchmarks.tinyworld.concepts import CONCEPTS, reference_pictures
@@ -55,9 +55,14 @@ def study(judge: Judge, concept: engine.Concept, dci: engine.DCI, out: Path, nam
     settings = [("strength", value, {"strength": value}) for value in STRENGTHS]
     settings += [("fraction", value, {"fraction": value}) for value in FRACTIONS]
     settings += [("ablation", what, changes) for what, changes in ABLATIONS.items()]
+    drawn: dict[str, tuple[list[Image.Image], dict[str, Any]]] = {}  # the sweeps have one setting in common
     for sweep, value, changes in settings:
-        images = judge.draw(phrase, replace(dci, **changes)).images
-        measured = judge(images)
+        custom = replace(dci, **changes)
+        key = json.dumps(custom.settings())
+        if key not in drawn:
+            images = judge.draw(phrase, custom).images
+            drawn[key] = images, judge(images)
+        images, measured = drawn[key]
         found[sweep].append({"value": value, **measured})
         columns[sweep].append(images)
         print(name, sweep, value, {what: round(one["share"], 2) for what, one in measured.items()}, flush=True)
@@ -161,8 +166,7 @@ def main() -> None:
     settings |= {
         name: getattr(arguments, name) for name in (*_RATES, "seeds", "train_steps", "strength", "fraction", "gain")
     }
-    result = {"machine": machine(), "settings": settings, "dci": records}
-    (RESULTS / "dci-tinyworld.json").write_text(json.dumps(result, indent=1) + "\n")
+    write_result(RESULTS / "dci-tinyworld.json", machine(), {"settings": settings, "dci": records})
 
 
 if __name__ == "__main__":

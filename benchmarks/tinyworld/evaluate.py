@@ -6,7 +6,6 @@ held-out drawings. Intervals are 95 % bootstrap intervals over prompts.
 """
 
 import argparse
-import json
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -17,7 +16,7 @@ import torch
 from PIL import Image, ImageOps
 from torch import Tensor
 
-from benchmarks.machine import RESULTS, machine
+from benchmarks.machine import RESULTS, machine, write_result
 from benchmarks.tinyworld.captions import FACING_NOUNS, full_prompt
 from benchmarks.tinyworld.data import HELD_OUT_SEED, pictures_at, scene_at, to_tensor
 from benchmarks.tinyworld.evaluator import EVALUATOR_PATH, Attributes, Evaluator, load_evaluator
@@ -208,8 +207,7 @@ def main() -> None:
     settings |= {"model": model.name, "device": str(model.device), "dtype": str(model.dtype)}
     results, frames = evaluate(model, load_evaluator(arguments.evaluator), settings)
     print(table(results))
-    record = {"machine": machine(str(model.device)), "settings": settings, "results": results}
-    arguments.out.write_text(json.dumps(record, indent=1) + "\n")
+    write_result(arguments.out, machine(str(model.device)), {"settings": settings, "results": results})
     if arguments.sheet:
         grid(frames[:_SHEET_PICTURES], columns=10).save(arguments.sheet)
 

@@ -12,7 +12,7 @@ from pathlib import Path
 from typing import Any
 
 import engine
-from benchmarks.machine import RESULTS, machine
+from benchmarks.machine import RESULTS, machine, write_result
 from benchmarks.tinyworld.backgrounds import BACKGROUNDS
 from benchmarks.tinyworld.concepts import CONCEPTS, reference_masks, reference_pictures
 from benchmarks.tinyworld.studies import GUIDANCE_SCALE, STEPS, Judge, side_by_side
@@ -82,8 +82,8 @@ def main() -> None:
     settings = {"steps": STEPS, "guidance_scale": GUIDANCE_SCALE, "contexts": len(BACKGROUNDS)}
     kept = ("seeds", "accumulation_steps", "learning_rate", "masks", "jobs")
     settings |= {name: getattr(arguments, name) for name in kept}
-    record = {"machine": machine(), "settings": settings, "infusion": [record for found in records for record in found]}
-    (RESULTS / "infusion-tinyworld.json").write_text(json.dumps(record, indent=1) + "\n")
+    content = {"settings": settings, "infusion": [record for found in records for record in found]}
+    write_result(RESULTS / "infusion-tinyworld.json", machine(), content)
 
 
 if __name__ == "__main__":
