@@ -13,7 +13,10 @@ import subprocess
 import sys
 import tempfile
 from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
+from itertools import islice
+from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
@@ -22,9 +25,22 @@ import triton
 from triton.backends.compiler import GPUTarget
 from triton.compiler import ASTSource
 
-from engine.kernels import cross_attention, cross_attention_pair, dbim, geglu, group_norm_silu, residual_apply
+from engine.kernels import (
+    attention,
+    cross_attention,
+    cross_attention_pair,
+    dbim,
+    geglu,
+    group_norm_silu,
+    layer_norm_geglu,
+    layer_norm_linear,
+    linear_add,
+    residual_add,
+    residual_apply,
+)
 
 ARCHITECTURES = (80, 86, 89, 90)
+MAX_SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # of a block, by NVIDIA's documentation
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
 _DTYPES = ("fp16", "bf16")
 
@@ -43,48 +59,112 @@ class Usage:
     matrix_instructions: int
 
 
-def configurations() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any]]]:
-    """Kernel, dtype, argument types and constants of every launch; "num_warps" where it is not Triton's default."""
-    tile = {"BLOCK_N": group_norm_silu._BLOCK_N, "BLOCK_C": group_norm_silu._BLOCK_C}
+# Kernel, dtype, arguments (a type, or a number of a launch for SD v1.5 at 512x512), constants and options
+Configuration = tuple[Any, str, dict[str, str | int], dict[str, Any]]
+_POSITIONS, _WIDTH, _TEXT, _HEADS = 4096, 320, 77, 8
+
+
+def configurations() -> Iterator[Configuration]:
+    """Every launch the engine would make."""
     for dtype in _DTYPES:
         data = f"*{dtype}"
-        yield geglu._geglu_fwd_kernel, dtype, {"x_ptr": data, "y_ptr": data, "n_cols": "i32"}, {"BLOCK": geglu._BLOCK}
-        stats = {"x_ptr": data, "mean_ptr": "*fp32", "m2_ptr": "*fp32", "N": "i32", "C": "i32"}
-        yield group_norm_silu._group_norm_stats_kernel, dtype, stats, tile
-        apply = {"x_ptr": data, "centre_ptr": "*fp32", "scale_ptr": "*fp32", "bias_ptr": data, "y_ptr": data}
-        apply |= {"N": "i32", "C": "i32"}
-        yield group_norm_silu._group_norm_silu_apply_kernel, dtype, apply, tile
-    combine = dict.fromkeys(("mean_ptr", "m2_ptr", "weight_ptr", "centre_ptr", "scale_ptr"), "*fp32")
-    combine |= {"weight_ptr": "*fp16"}  # the statistics are float32 at every dtype
-    combine |= {"N": "i32", "C": "i32", "n_chunks": "i32", "eps": "fp32"}
+        yield (
+            geglu._geglu_fwd_kernel,
+            dtype,
+            {"x_ptr": data, "y_ptr": data, "n_cols": 4 * _WIDTH},
+            {"BLOCK": geglu._BLOCK},
+        )
+        add = dict.fromkeys(("x_ptr", "residual_ptr", "bias_ptr", "y_ptr"), data) | {
+            "n_values": 2 * _POSITIONS * _WIDTH,
+            "C": _WIDTH,
+        }
+        yield residual_add._residual_add_fwd_kernel, dtype, add, {"BLOCK": residual_add._BLOCK}
+        yield from _norm_configurations(dtype)
+        yield from _product_configurations(dtype)
+    yield from _statistics_configurations()
+    yield from _attention_configurations()
+
+
+def _norm_configurations(dtype: str) -> Iterator[Configuration]:
+    data, tile = f"*{dtype}", {"BLOCK_N": group_norm_silu._BLOCK_N, "BLOCK_C": group_norm_silu._BLOCK_C}
+    stats = {"x_ptr": data, "mean_ptr": "*fp32", "m2_ptr": "*fp32", "N": _POSITIONS, "C": _WIDTH}
+    yield group_norm_silu._group_norm_stats_kernel, dtype, stats, tile
+    apply = {
+        "x_ptr": data,
+        "shift_ptr": data,
+        "centre_ptr": "*fp32",
+        "scale_ptr": "*fp32",
+        "bias_ptr": data,
+        "y_ptr": data,
+    }
+    apply |= {"N": _POSITIONS, "C": _WIDTH, "stride_shift": 16160}
+    for silu in (False, True):  # the one has a shift too
+        yield group_norm_silu._group_norm_apply_kernel, dtype, apply, {"HAS_SHIFT": silu, "SILU": silu} | tile
+
+
+def _statistics_configurations() -> Iterator[Configuration]:
+    """All in float32, but for what they load."""
+    dtype, data = "fp16", "*fp16"
+    combine = {"mean_ptr": "*fp32", "m2_ptr": "*fp32", "shift_ptr": data, "weight_ptr": data, "centre_ptr": "*fp32"}
+    combine |= {
+        "scale_ptr": "*fp32",
+        "N": _POSITIONS,
+        "C": _WIDTH,
+        "n_chunks": 64,
+        "stride_shift": 16160,
+        "eps": "fp32",
+    }
     for group in (4, 10, 20, 60, 80):  # channels a group in SD v1.5's UNet and VAE, one per power of two above
         constants = {
+            "HAS_SHIFT": True,
             "GROUP": group,
             "BLOCK_N": group_norm_silu._BLOCK_N,
             "BLOCK_G": triton.next_power_of_2(group),
             "BLOCK_CHUNKS": group_norm_silu._BLOCK_CHUNKS,
         }
-        yield group_norm_silu._group_norm_combine_kernel, "fp16", combine, constants
-    yield from _attention_configurations()
+        yield group_norm_silu._group_norm_combine_kernel, dtype, combine, constants
+    rows = {"x_ptr": data, "stats_ptr": "*fp32", "M": 2 * _POSITIONS, "K": _WIDTH, "eps": "fp32"}
+    for width in (320, 640, 1280):
+        constants = {"BLOCK_M": layer_norm_linear._BLOCK_ROWS, "BLOCK_K": triton.next_power_of_2(width)}
+        yield layer_norm_linear._layer_norm_stats_kernel, dtype, rows, constants
 
 
-def _attention_configurations() -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any]]]:
+def _product_configurations(dtype: str) -> Iterator[Configuration]:
+    data, sizes = f"*{dtype}", {"M": 2 * _POSITIONS, "N": _WIDTH, "K": _WIDTH}
+    precision = {"PRECISION": "tf32"}  # means nothing in half precision
+    norm = {"x_ptr": data, "stats_ptr": "*fp32", "norm_weight_ptr": data, "norm_bias_ptr": data, "weight_ptr": data}
+    types = norm | {"y_ptr": data} | sizes
+    yield layer_norm_linear._layer_norm_linear_fwd_kernel, dtype, types, layer_norm_linear._TILE | precision
+    types = norm | {"bias_ptr": data, "y_ptr": data} | sizes
+    yield layer_norm_geglu._layer_norm_geglu_fwd_kernel, dtype, types, layer_norm_geglu._TILE | precision
+    pointers = ("x_ptr", "weight_ptr", "z_ptr", "z_weight_ptr", "bias_ptr", "residual_ptr", "y_ptr")
+    types = dict.fromkeys(pointers, data) | sizes | {"K_z": 4 * _WIDTH}
+    yield linear_add._linear_add_fwd_kernel, dtype, types, linear_add._TILE | precision
+
+
+def _attention_configurations() -> Iterator[Configuration]:
     """Head dims of SD v1.5 and of the embedded model, over 77 keys."""
-    sizes = dict.fromkeys(("N", "S", "C", "T"), "i32")
+    sizes = {"N": _POSITIONS, "S": _TEXT, "C": _WIDTH, "T": 2}
     for dtype in _DTYPES:
         data = f"*{dtype}"
+        types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), data)
+        types |= {"N": _POSITIONS, "S": _POSITIONS, "C": _WIDTH}
+        types |= dict.fromkeys(("stride_q", "stride_k", "stride_v"), 3 * _WIDTH) | {"scale": "fp32"}
+        for head_dim in (16, 40, 80, 160):
+            constants = attention.tile(head_dim, torch.float16)
+            yield attention._attention_fwd_kernel, dtype, types, constants
         inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | {"tokens_ptr": "*i64"}
         for head_dim in (16, 40, 80, 160):
             constants = cross_attention.tile(torch.empty(1, 1, head_dim), torch.empty(1, 77, head_dim), 1)
             constants["PRECISION"] = "tf32"  # means nothing in half precision
-            types = inputs | {"out_ptr": data, "columns_ptr": data} | sizes | {"n_heads": "i32", "scale": "fp32"}
+            types = inputs | {"out_ptr": data, "columns_ptr": data} | sizes | {"n_heads": _HEADS, "scale": "fp32"}
             yield cross_attention._cross_attention_fwd_kernel, dtype, types, constants
             types = inputs | {"residuals_ptr": data, "out_ptr": data, "out_residual_ptr": data} | sizes
             types |= {"scale": "fp32"}
             yield cross_attention_pair._cross_attention_pair_fwd_kernel, dtype, types, constants
             yield from _dbim_configurations(dtype, head_dim)
         types = {"x_ptr": data, "out_ptr": data, "columns_ptr": data, "leaders_ptr": "*i64", "residuals_ptr": data}
-        types |= {"y_ptr": data, "N": "i32", "C": "i32", "K": "i32"}
+        types |= {"y_ptr": data, "N": _POSITIONS, "C": _WIDTH, "K": _HEADS}
         constants = {
             "BLOCK_N": residual_apply._BLOCK_N,
             "BLOCK_C": residual_apply._BLOCK_C,
@@ -94,9 +174,10 @@ def _attention_configurations() -> Iterator[tuple[Any, str, dict[str, str], dict
         yield residual_apply._residual_apply_fwd_kernel, dtype, types, constants
 
 
-def _dbim_configurations(dtype: str, head_dim: int) -> Iterator[tuple[Any, str, dict[str, str], dict[str, Any]]]:
+def _dbim_configurations(dtype: str, head_dim: int) -> Iterator[Configuration]:
     """Both passes of one head dim, gated as calibrated; the printed form only at SD v1.5's finest layers."""
-    data, sizes = f"*{dtype}", dict.fromkeys(("N", "S", "C", "n_heads", "n_pairs"), "i32") | {"scale": "fp32"}
+    data, sizes = f"*{dtype}", {"N": _POSITIONS, "S": _TEXT, "C": _WIDTH, "n_heads": _HEADS, "n_pairs": 2}
+    sizes |= {"scale": "fp32"}
     masks = {"chosen_ptr": "*i1", "lengths_ptr": "*i64", "gates_ptr": "*fp32"}
     space = dict.fromkeys(("q_ptr", "k_ptr"), data) | masks | {"partial_ptr": "*fp32"} | sizes
     mix = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | masks | {"partial_ptr": "*fp32", "out_ptr": data} | sizes
@@ -108,16 +189,31 @@ def _dbim_configurations(dtype: str, head_dim: int) -> Iterator[tuple[Any, str, 
 
 
 def compile_all() -> Iterator[Usage]:
-    """Compile every configuration for every architecture."""
-    for kernel, dtype, types, constants in configurations():
-        options = {name: value for name, value in constants.items() if name == "num_warps"}
-        constexprs = {name: value for name, value in constants.items() if name not in options}
-        signature = types | dict.fromkeys(constexprs, "constexpr")
-        aligned = {(i,): [["tt.divisibility", 16]] for i, kind in enumerate(types.values()) if kind.startswith("*")}
-        for architecture in ARCHITECTURES:
-            source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
-            compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-            yield _usage(kernel.__name__, dtype, constants, architecture, compiled)
+    """Compile every configuration for every architecture, on all processors."""
+    numbers = range(len(list(configurations())))
+    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
+        for usages in pool.map(_compile, numbers):
+            yield from usages
+
+
+def _compile(number: int) -> list[Usage]:
+    """One configuration for every architecture, specialised as Triton does when it launches: on multiples of 16."""
+    kernel, dtype, arguments, constants = next(islice(configurations(), number, None))
+    options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages")}
+    constexprs = {name: value for name, value in constants.items() if name not in options}
+    types = {name: "i32" if isinstance(kind, int) else kind for name, kind in arguments.items()}
+    signature = types | dict.fromkeys(constexprs, "constexpr")
+    aligned = {
+        (i,): [["tt.divisibility", 16]]
+        for i, kind in enumerate(arguments.values())
+        if (kind % 16 == 0 if isinstance(kind, int) else kind.startswith("*"))
+    }
+    usages = []
+    for architecture in ARCHITECTURES:
+        source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
+        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
+        usages.append(_usage(kernel.__name__, dtype, constants, architecture, compiled))
+    return usages
 
 
 def _usage(kernel: str, dtype: str, constants: dict[str, Any], architecture: int, compiled: Any) -> Usage:

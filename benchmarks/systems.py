@@ -48,7 +48,7 @@ def twinstream(folder: Path, dtype: torch.dtype) -> System:
     sd = engine.load(folder, dtype=dtype, device="cpu")
     latents, context = _inputs(sd.encode_prompt(["", _PROMPT]), sd.unet.config.sample_size)
     with torch.no_grad():
-        shifts = tuple(shift.expand(2, -1) for shift in sd.unet.time_shifts(torch.tensor([_TIMESTEP])))
+        shifts = sd.unet.time_shifts(torch.tensor([_TIMESTEP])).expand(2, -1)
         shared = Shared(torch.tensor([0, 0]), torch.tensor([0]))
         condition = Conditioning(shifts, sd.unet.text_kv(context), shared=shared)
     sample, unscaled = latents.to(dtype), (latents / sd.vae.config.scaling_factor).to(dtype)
@@ -83,7 +83,7 @@ def _planned_step(sd: engine.Engine, customizations: list[Any], latents: Tensor)
         text = tuple((keys[plan.texts], values[plan.texts]) for keys, values in plan.text_kv)
     n_entries = len(plan.trajectories if plan.shared is None else plan.starts)
     sample = latents.to(sd.dtype).expand(n_entries, -1, -1, -1).contiguous()
-    shifts = tuple(shift.expand(len(plan.trajectories), -1) for shift in shifts)
+    shifts = shifts.expand(len(plan.trajectories), -1)
     condition = Conditioning(shifts, text, plan.following, plan.mixing, plan.shared)
 
     def step() -> Tensor:

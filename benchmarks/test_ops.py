@@ -59,17 +59,31 @@ def _residual(dtype: torch.dtype) -> list[Any]:
     return [x, out, columns, torch.tensor([0, 1]), residuals]
 
 
-def _geglu(dtype: torch.dtype) -> list[Any]:
-    return [_random(_ROWS, 4096, 2560).to(dtype)]
+def _convolved(dtype: torch.dtype) -> list[Any]:
+    x, residual = (_random(_ROWS, 320, 64, 64).to(dtype) for _ in range(2))
+    layout = torch.channels_last
+    return [x.contiguous(memory_format=layout), residual.contiguous(memory_format=layout), _random(320).to(dtype)]
+
+
+def _projected(op: str, *, gated: bool = False) -> Callable[[torch.dtype], list[Any]]:
+    """320 channels at 64x64: normalised and projected, gated, or added to a residual."""
+
+    def make(dtype: torch.dtype) -> list[Any]:
+        x, weight = _random(_ROWS, 4096, 320), _random(2560 if gated else 320, 320) * 320**-0.5
+        tensors = [x, _random(320), _random(320), weight, _random(len(weight)), _random(_ROWS, 4096, 320)]
+        x, gamma, beta, weight, bias, residual = (tensor.to(dtype) for tensor in tensors)
+        if op == "linear_add":
+            return [x, weight, bias, residual]
+        return [x, gamma, beta, 1e-5, weight, *([bias] if gated else [])]
+
+    return make
 
 
 def _norm(*shape: int) -> Callable[[torch.dtype], list[Any]]:
     def make(dtype: torch.dtype) -> list[Any]:
-        x = _random(*shape).to(dtype)
-        x = x.contiguous(memory_format=torch.channels_last) if x.ndim == 4 else x
-        channels = shape[1] if x.ndim == 4 else shape[-1]
-        weight, bias = _random(channels).to(dtype), _random(channels).to(dtype)
-        return [x, weight, bias, 32, 1e-5] if x.ndim == 4 else [x, weight, bias, 1e-5]
+        x = _random(*shape).to(dtype).contiguous(memory_format=torch.channels_last)
+        shift, weight, bias = (_random(shape[1]).to(dtype) for _ in range(3))
+        return [x, shift[None], weight, bias, 32, 1e-5]
 
     return make
 
@@ -85,10 +99,14 @@ _CASES = {
     "residual_apply_4096x320": Op("residual_apply", _residual, values=3.0 * _ROWS * 4096 * 320),
     "group_norm_silu_320x64x64": Op("group_norm_silu", _norm(_ROWS, 320, 64, 64), values=2.0 * _ROWS * 320 * 4096),
     "group_norm_silu_1280x16x16": Op("group_norm_silu", _norm(_ROWS, 1280, 16, 16), values=2.0 * _ROWS * 1280 * 256),
-    "layer_norm_4096x320": Op("layer_norm", _norm(_ROWS, 4096, 320), values=2.0 * _ROWS * 4096 * 320),
-    "geglu_4096x2560": Op(
-        "geglu", lambda dtype: [_random(_ROWS, 4096, 2560).to(dtype)], values=1.5 * _ROWS * 4096 * 2560
+    "residual_add_320x64x64": Op("residual_add", _convolved, values=3.0 * _ROWS * 320 * 4096),
+    "layer_norm_linear_4096x320": Op(
+        "layer_norm_linear", _projected("layer_norm_linear"), flops=2.0 * _ROWS * 4096 * 320 * 320
     ),
+    "layer_norm_geglu_4096x320": Op(
+        "layer_norm_geglu", _projected("layer_norm_geglu", gated=True), flops=2.0 * _ROWS * 4096 * 320 * 2560
+    ),
+    "linear_add_4096x320": Op("linear_add", _projected("linear_add"), flops=2.0 * _ROWS * 4096 * 320 * 320),
 }
 
 

@@ -16,9 +16,9 @@ constexpr int kColumns = 3;                    // vectors of keys, or of a head'
 constexpr int kBlock = 8 * kColumns * kLanes;  // keys of a block
 constexpr int64_t kMaxHeadDim = 512;
 
-// B rows of the batch, N queries, S keys, H heads of D channels.
+// B rows of the batch, N queries, S keys, H heads of D channels; elements from one query, key or value to the next.
 struct AttentionSizes {
-  int64_t B, N, S, H, D;
+  int64_t B, N, S, H, D, q_row, k_row, v_row;
 };
 
 // What products are made of: floats, or pairs of bfloat16 where one instruction multiplies and adds both.
@@ -92,11 +92,11 @@ struct Attention {
       std::fill(block, block + steps * kLanes, E{});
       std::fill(rows, rows + kLanes / kPair * value_vectors * kLanes, E{});
     }
-    for (int64_t lane = 0; lane < count; lane++) pack_row(k + (j * kLanes + lane) * width, block + lane, kLanes);
+    for (int64_t lane = 0; lane < count; lane++) pack_row(k + (j * kLanes + lane) * n.k_row, block + lane, kLanes);
     for (int64_t lane = 0; lane < count; lane += kPair) {
-      const T* value = v + (j * kLanes + lane) * width;
+      const T* value = v + (j * kLanes + lane) * n.v_row;
       E* row = rows + lane / kPair * value_vectors * kLanes;
-      for (int64_t d = 0; d < n.D; d++) pair(row[d], value[d], kPair == 2 && lane + 1 < count ? value[width + d] : T{});
+      for (int64_t d = 0; d < n.D; d++) pair(row[d], value[d], kPair == 2 && lane + 1 < count ? value[n.v_row + d] : T{});
       std::fill(row + n.D, row + value_vectors * kLanes, E{});
     }
   }
@@ -159,7 +159,7 @@ struct Attention {
     std::fill(sums, sums + kRows * row, 0.0f);
     float top[kRows], total[kRows] = {};
     std::fill(top, top + kRows, -std::numeric_limits<float>::max());
-    for (int64_t r = 0; r < rows; r++) pack_row(q + (first + r) * width, queries + r * steps, 1);
+    for (int64_t r = 0; r < rows; r++) pack_row(q + (first + r) * n.q_row, queries + r * steps, 1);
     const float scale = 1.4426950408889634 / std::sqrt((double)n.D);  // of exp2, rounded once
     for (int64_t start = 0; start < key_vectors; start += kBlock / kLanes) {
       const int64_t vectors = std::min<int64_t>(kBlock / kLanes, key_vectors - start);
@@ -202,22 +202,22 @@ void attend(const T* q, const T* k, const T* v, T* out, void* scratch, const Att
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < n.B * n.H * op.key_vectors; task++) {
       const int64_t head = task / op.key_vectors, b = head / n.H, h = head % n.H;
-      const int64_t at = b * n.S * op.width + h * n.D;
       E* keys = packed + head * head_size;
-      op.pack(k + at, v + at, keys, keys + op.keys_size, task % op.key_vectors);
+      op.pack(k + b * n.S * n.k_row + h * n.D, v + b * n.S * n.v_row + h * n.D, keys, keys + op.keys_size,
+              task % op.key_vectors);
     }
     alignas(64) float sums[kRows * (kMaxHeadDim + kLanes)];
 #pragma omp for schedule(dynamic, 8)
     for (int64_t task = 0; task < n.B * n.H * tiles; task++) {
-      const int64_t head = task / tiles, b = head / n.H, h = head % n.H, at = b * n.N * op.width + h * n.D;
+      const int64_t head = task / tiles, b = head / n.H, h = head % n.H;
       const E* keys = packed + head * head_size;
-      op.tile(q + at, keys, keys + op.keys_size, out + at, task % tiles * kRows, sums,
+      op.tile(q + b * n.N * n.q_row + h * n.D, keys, keys + op.keys_size, out + b * n.N * op.width + h * n.D, task % tiles * kRows, sums,
               [&](auto... row) { visit(b, h, row...); });
     }
   }
 }
 
-// Tensors are packed (B, N or S, H*D). With T tokens (B, T), all keys must be in one block; columns are (B, N, T*H).
+// Heads are packed: (B, N or S, H*D). With T tokens (B, T), all keys must be in one block; columns are (B, N, T*H).
 template <typename T>
 void attention(const T* q, const T* k, const T* v, const int64_t* tokens, T* out, T* columns, void* scratch,
                const AttentionSizes& n, int64_t n_tokens) {

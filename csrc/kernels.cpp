@@ -30,7 +30,7 @@ T* to(void* p, T) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int twinstream_abi() { return 1; }
+EXPORT int twinstream_abi() { return 2; }
 
 // The best of 2 (AVX-512 with bfloat16 products), 1 (AVX2 with FMA) and 0 (baseline) that this processor runs.
 EXPORT int twinstream_level() {
@@ -73,10 +73,18 @@ EXPORT void twinstream_residual_apply(int is_bfloat16, const void* x, const void
   });
 }
 
-EXPORT void twinstream_group_norm(int is_bfloat16, const void* x, const void* weight, const void* bias, void* out,
-                                  int64_t B, int64_t N, int64_t C, int64_t G, float eps, int with_silu) {
+EXPORT void twinstream_residual_add(int is_bfloat16, const void* x, const void* residual, const void* bias, void* out,
+                                    int64_t rows, int64_t C) {
+  with_type(is_bfloat16,
+            [=](auto t) { residual_add(in(x, t), in(residual, t), in(bias, t), to(out, t), rows, C); });
+}
+
+EXPORT void twinstream_group_norm(int is_bfloat16, const void* x, const void* shift, const void* weight,
+                                  const void* bias, void* out, int64_t B, int64_t N, int64_t C, int64_t G,
+                                  int64_t shift_row, float eps, int with_silu) {
   with_type(is_bfloat16, [=](auto t) {
-    group_norm(in(x, t), in(weight, t), in(bias, t), to(out, t), B, N, C, G, eps, with_silu != 0);
+    group_norm(in(x, t), in(shift, t), in(weight, t), in(bias, t), to(out, t), B, N, C, G, shift_row, eps,
+               with_silu != 0);
   });
 }
 

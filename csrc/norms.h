@@ -27,10 +27,10 @@ inline Floats silu(Floats x) {
   return x / (1.0f + exp2<kDegree>(min(x * -1.44269504f, all(127.0f))));
 }
 
-// Moments of each group over positions [first, last) of one image (positions, C).
+// Moments of each group of x + shift over positions [first, last) of one image (positions, C).
 template <typename T>
-void chunk_moments(const T* x, int64_t first, int64_t last, int64_t C, int64_t G, Moments* groups, float* means,
-                   float* squares) {
+void chunk_moments(const T* x, const T* shift, int64_t first, int64_t last, int64_t C, int64_t G, Moments* groups,
+                   float* means, float* squares) {
   const float count = last - first, share = 1.0f / count;
   each(C, [&](int64_t c, int lanes) {
     Floats total = {}, apart = {};
@@ -40,7 +40,7 @@ void chunk_moments(const T* x, int64_t first, int64_t last, int64_t C, int64_t G
       const Floats distance = take(x + at * C + c, lanes) - mean;
       apart += distance * distance;
     }
-    put(means + c, mean, lanes);
+    put(means + c, shift ? mean + take(shift + c, lanes) : mean, lanes);
     put(squares + c, apart, lanes);
   });
   const int64_t width = C / G;
@@ -54,23 +54,24 @@ void chunk_moments(const T* x, int64_t first, int64_t last, int64_t C, int64_t G
   }
 }
 
-// y = silu((x - mean) / sqrt(var + eps) * weight + bias) over groups of channels; x (B, N, C). The mean is subtracted
-// before scaling: folded into a shift, a large one would cancel inexactly.
+// y = silu((x + shift - mean) / sqrt(var + eps) * weight + bias) over groups of channels; x (B, N, C); shift none, or
+// (C) every ``shift_row`` elements for each image. The mean is subtracted before scaling: folded into an offset, a large
+// one would cancel inexactly.
 template <typename T>
-void group_norm(const T* x, const T* weight, const T* bias, T* out, int64_t B, int64_t N, int64_t C, int64_t G,
-                float eps, bool with_silu) {
+void group_norm(const T* x, const T* shift, const T* weight, const T* bias, T* out, int64_t B, int64_t N, int64_t C,
+                int64_t G, int64_t shift_row, float eps, bool with_silu) {
   const int64_t chunk = std::clamp<int64_t>(8192 / C, 8, 128);  // positions that stay in the first-level cache
   const int64_t chunks = (N + chunk - 1) / chunk;
   std::vector<Moments> parts(B * chunks * G);
-  std::vector<float> centre(B * C), scale(B * C);
+  std::vector<float> offset(B * C), centre(B * C), scale(B * C);
 #pragma omp parallel
   {
     std::vector<float> means(C), squares(C);
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < B * chunks; task++) {
-      const int64_t first = task % chunks * chunk;
-      chunk_moments(x + task / chunks * N * C, first, std::min(N, first + chunk), C, G, &parts[task * G], means.data(),
-                    squares.data());
+      const int64_t first = task % chunks * chunk, b = task / chunks;
+      chunk_moments(x + b * N * C, shift ? shift + b * shift_row : nullptr, first, std::min(N, first + chunk), C, G,
+                    &parts[task * G], means.data(), squares.data());
     }
 #pragma omp for schedule(static)
     for (int64_t task = 0; task < B * G; task++) {
@@ -79,15 +80,17 @@ void group_norm(const T* x, const T* weight, const T* bias, T* out, int64_t B, i
       for (int64_t i = 0; i < chunks; i++) all_of.merge(parts[(b * chunks + i) * G + g]);
       const double rstd = 1.0 / std::sqrt(all_of.squares / all_of.count + eps);
       for (int64_t c = g * width; c < (g + 1) * width; c++) {
+        offset[b * C + c] = shift ? as_float(shift[b * shift_row + c]) : 0.0f;
         centre[b * C + c] = all_of.mean;
         scale[b * C + c] = rstd * as_float(weight[c]);
       }
     }
 #pragma omp for schedule(static)
     for (int64_t row = 0; row < B * N; row++) {
-      const float *m = &centre[row / N * C], *s = &scale[row / N * C];
+      const float *o = &offset[row / N * C], *m = &centre[row / N * C], *s = &scale[row / N * C];
       each(C, [&](int64_t c, int lanes) {
-        Floats y = (take(x + row * C + c, lanes) - take(m + c, lanes)) * take(s + c, lanes) + take(bias + c, lanes);
+        const Floats moved = take(x + row * C + c, lanes) + take(o + c, lanes) - take(m + c, lanes);
+        Floats y = moved * take(s + c, lanes) + take(bias + c, lanes);
         if (with_silu) y = silu<kExpDegree<T>>(y);
         put(out + row * C + c, y, lanes);
       });

@@ -1,9 +1,22 @@
-// Infusion's rows that follow another's attention map (arXiv:2404.14007, eq. 6): x_C += out_F + P_obj R.
+// Sums onto a residual: of a convolution, its bias and the block's input; and of Infusion's rows that follow another's
+// attention map (arXiv:2404.14007, eq. 6): x_C += out_F + P_obj R.
 #pragma once
 
 #include "simd.h"
 
 namespace twinstream {
+
+// out = x + residual + bias over (rows, C).
+template <typename T>
+void residual_add(const T* x, const T* residual, const T* bias, T* out, int64_t rows, int64_t C) {
+#pragma omp parallel for schedule(static)
+  for (int64_t row = 0; row < rows; row++) {
+    each(C, [&](int64_t c, int lanes) {
+      const int64_t at = row * C + c;
+      put(out + at, take(x + at, lanes) + take(residual + at, lanes) + take(bias + c, lanes), lanes);
+    });
+  }
+}
 
 // x, out (F, N, C); attended (B, N, C) and columns (B, N, K) of the rows followed; residuals (F, K, C).
 template <typename T>

@@ -12,7 +12,7 @@ if TYPE_CHECKING:
     from .concept import Concept
     from .dci import DCI
     from .engine import Engine, UnknownArgumentError
-    from .errors import CheckpointError, ConceptFileError, NonFiniteError
+    from .errors import CheckpointError, ConceptFileError, NonFiniteError, OutOfMemoryError
     from .ico import ICO
     from .imports import import_custom_diffusion, import_textual_inversion
     from .infusion import Infusion
@@ -32,6 +32,7 @@ _HOMES = {
     "ICO": "ico",
     "Infusion": "infusion",
     "NonFiniteError": "errors",
+    "OutOfMemoryError": "errors",
     "Result": "result",
     "UnknownArgumentError": "engine",
     "generate": "loading",
@@ -51,6 +52,7 @@ __all__ = [
     "Engine",
     "Infusion",
     "NonFiniteError",
+    "OutOfMemoryError",
     "Result",
     "UnknownArgumentError",
     "__version__",

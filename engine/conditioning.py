@@ -69,7 +69,7 @@ class Conditioning:
     """What the rows of a batch are conditioned on, projected for every layer.
 
     Attributes:
-        shifts: per resnet (B, C), the projected time embedding.
+        shifts: (B, sum of C), what ``UNet2DConditionModel.time_shifts`` gives for each row's timestep.
         text: per cross-attention layer, keys and values (B - F, S, C) of the rows that own their map.
         following: how the other F rows follow these; None if there are none.
         mixing: how the last of the map-owning rows mix; None if none does.
@@ -79,7 +79,7 @@ class Conditioning:
         observe_masks: called with layer and masks (2M, H, N) float32, the softmax over space, where rows mix by masks.
     """
 
-    shifts: tuple[Tensor, ...]
+    shifts: Tensor
     text: tuple[tuple[Tensor, Tensor], ...]
     following: Following | None = None
     mixing: Mixing | None = None
@@ -91,7 +91,7 @@ class Conditioning:
         """Activations of all rows, from those of all rows or of shared latents."""
         return x if self.shared is None or len(x) == len(self.shared.rows) else x[self.shared.rows]
 
-    def shift(self, layer: int, x: Tensor) -> Tensor:
-        """A resnet's shift of the entries of ``x``, which are all rows or shared latents."""
-        shift = self.shifts[layer]
+    def shift(self, channels: slice, x: Tensor) -> Tensor:
+        """One resnet's part of the shifts, of the entries of ``x``, which are all rows or shared latents."""
+        shift = self.shifts[:, channels]
         return shift if self.shared is None or len(x) == len(shift) else shift[self.shared.firsts]

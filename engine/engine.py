@@ -4,9 +4,7 @@ from __future__ import annotations
 
 import difflib
 import time
-import warnings
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -18,15 +16,19 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .attention import Recorder
+from .coding import PictureCoder
 from .concept import Concept
 from .config import ScheduleConfig
 from .dci import DCI
 from .denoise import denoise
 from .errors import NonFiniteError
+from .graphs import Graphs, Warmup, run_eagerly
 from .ico import Changes, TextKV, encode_texts, fit_changes
 from .infusion import fingerprint, project
 from .masks import MaskRecorder
+from .memory import out_of_memory, with_retry
 from .ops import Ops
+from .progress import StageClock, Steps
 from .request import Callback, Customization, ModelLimits, Picture, Request, make_request
 from .result import Result
 from .rows import RowPlan, make_plans
@@ -49,6 +51,7 @@ class Engine:
         unet, vae: our models; call them with tensors on ``device``.
         text_encoder: tokenizer and CLIP text transformer.
         device, dtype: where the weights are, and their type.
+        graphs: the CUDA graphs of what ``generate`` has run; None where it runs without.
         name: what the model was loaded from.
     """
 
@@ -60,12 +63,14 @@ class Engine:
         text_encoder: TextEncoder,
         schedule: ScheduleConfig,
         backend: Ops,
+        graphs: Graphs | None = None,
     ) -> None:
         self.name, self.unet, self.vae, self.text_encoder = name, unet, vae, text_encoder
-        self.schedule, self.backend = schedule, backend
+        self.schedule, self.backend, self.graphs = schedule, backend, graphs
         self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
         self._projected: WeakKeyDictionary[Concept, tuple[Tensor, ...]] = WeakKeyDictionary()
         self._fitted: WeakKeyDictionary[Concept, Changes] = WeakKeyDictionary()
+        self._coder = PictureCoder(vae, graphs, self._free)
         self._limits = ModelLimits(
             factor=vae.config.factor,
             sample_size=unet.config.sample_size,
@@ -131,6 +136,7 @@ class Engine:
         Raises:
             ValueError: an argument cannot be honoured; the message gives the rule and the value.
             NonFiniteError: the UNet or the VAE produced NaN or infinity.
+            OutOfMemoryError: the GPU does not hold so many rows of this size; the message says how many it would.
         """
         if unknown:
             raise UnknownArgumentError(_unknown_keyword(next(iter(unknown))))
@@ -159,15 +165,15 @@ class Engine:
             vae_tiling=vae_tiling,
         )
         table = make_table(request.sampler, self.schedule, request.steps, request.eta, request.begin).to(self.device)
-        clock = _StageClock(self.device)
+        clock = StageClock(self.device)
         with clock("text"):
             plans = make_plans(request, len(table), self.text_encoder, self._encode, self._project, self.device)
         with clock("encode"):
             start, noise = self._start(request, table)
         with clock("denoise"), tqdm(total=len(table), disable=not request.progress, unit="step") as bar:
-            steps_taken = _Steps(request.callback, len(table), bar)
+            steps_taken = Steps(request.callback, len(table), bar)
             recorder, mask_recorder = self._recorders(request)
-            x, plan, finite = denoise(self.unet, table, plans, start, noise, steps_taken, recorder, mask_recorder)
+            x, plan, finite = self._denoise(request, table, plans, start, noise, steps_taken, recorder, mask_recorder)
         _check_finite(finite, table)
         with clock("decode"):
             images = [] if steps_taken.cancelled else self._pictures(request, x[plan.pictures])
@@ -183,6 +189,19 @@ class Engine:
             timings=clock.seconds(),
             cancelled=steps_taken.cancelled,
         )
+
+    def warmup(self, prompt: str | Sequence[str] = "", **arguments: Any) -> Warmup:
+        """Run ``generate`` with these arguments once, so that a later run of the same sizes waits for nothing.
+
+        Kernels are compiled and graphs captured for the UNet's rows and the VAE's pictures; prompts, seeds, concepts of
+        the same kind and length, guidance scales and steps may then differ. On a CPU weights are packed.
+        """
+        start, before = time.perf_counter(), 0 if self.graphs is None else len(self.graphs.captured)
+        options: dict[str, Any] = {"progress": False} | arguments
+        self.generate(prompt, **options)
+        captured = () if self.graphs is None else tuple(self.graphs.captured[before:])
+        memory = torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else None
+        return Warmup(captured, time.perf_counter() - start, memory)
 
     def encode_prompt(self, prompts: str | Sequence[str]) -> Tensor:
         """Encode prompts to (B, 77, E), with their token weights applied."""
@@ -209,6 +228,29 @@ class Engine:
             self._projected[concept] = project(concept, self.unet, self.fingerprint)
         return self._projected[concept]
 
+    def _denoise(
+        self, request: Request, table: SamplerTable, plans: Sequence[RowPlan], *arguments: Any
+    ) -> tuple[Tensor, RowPlan, Tensor]:
+        """``denoise``, each of whose steps gets a second chance if memory runs out."""
+        run = run_eagerly if self.graphs is None else self.graphs
+
+        def step(*call: Any) -> Any:
+            return with_retry(lambda: run(*call), self._free)
+
+        try:
+            return denoise(self.unet, table, plans, *arguments, run=step)
+        except torch.OutOfMemoryError as error:
+            shortage = error
+        self._free()
+        n_rows, size = max(len(plan.trajectories) for plan in plans), (request.height, request.width)
+        raise out_of_memory(self.unet, self._limits.factor, len(request.seeds), n_rows, size) from shortage
+
+    def _free(self) -> None:
+        """Give back what can be rebuilt."""
+        if self.graphs is not None:
+            self.graphs.clear()
+        torch.cuda.empty_cache()
+
     def _start(self, request: Request, table: SamplerTable) -> tuple[Tensor, list[Tensor]]:
         """The first ``x``, and the noise of every step that draws some, in the order diffusers would draw it.
 
@@ -226,8 +268,7 @@ class Engine:
 
         image = request.image
         if image is not None:
-            options = (request.vae_slicing, request.vae_tiling)
-            mean, std = self._run_vae("encoder", lambda vae: vae.posterior(image.to(self.device), *options))
+            mean, std = self._coder.posterior(image.to(self.device), request.vae_slicing, request.vae_tiling)
             clean = (mean.float() + std.float() * draw()[:n_images]) * self.vae.config.scaling_factor
             x = table.image_scale * clean.repeat(len(seeds) // n_images, 1, 1, 1) + table.image_noise * draw()
         elif request.latents is not None:
@@ -240,8 +281,8 @@ class Engine:
     def _pictures(self, request: Request, x: Tensor) -> Any:
         if request.output == "latent":
             return x
-        latents, options = x / self.vae.config.scaling_factor, (request.vae_slicing, request.vae_tiling)
-        (decoded,) = self._run_vae("decoder", lambda vae: (vae.decode(latents, *options),))
+        latents = x / self.vae.config.scaling_factor
+        decoded = self._coder.decode(latents, request.vae_slicing, request.vae_tiling)
         pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
         if request.output == "numpy":
             return pixels
@@ -260,22 +301,6 @@ class Engine:
         n_heads = {name: attn2.n_heads for name, attn2 in self.unet.cross_attentions.items()}
         recorder = Recorder(request.attention_words, n_heads, size) if request.attention_words else None
         return recorder, MaskRecorder(list(n_heads), size) if request.record_masks else None
-
-    def _run_vae(self, part: str, run: Callable[[AutoencoderKL], tuple[Tensor, ...]]) -> tuple[Tensor, ...]:
-        """Run the VAE and check what it gives; one that overflows in float16 is tried once more in float32."""
-        results = run(self.vae)
-        if _all_finite(results):
-            return results
-        if self.dtype == torch.float16:
-            warnings.warn(f"the VAE {part} overflowed in float16; trying float32", RuntimeWarning, stacklevel=5)
-            with torch.device("meta"):
-                exact = AutoencoderKL(self.vae.config, self.backend)
-            weights = {name: weight.float() for name, weight in self.vae.state_dict().items()}
-            exact.load_state_dict(weights, assign=True)
-            results = run(exact)
-        if not _all_finite(results):
-            raise NonFiniteError(f"the VAE {part} produced NaN or infinity in {self.dtype}; try dtype='float32'")
-        return results
 
     def _settings(self, request: Request) -> dict[str, Any]:
         return {
@@ -298,42 +323,6 @@ class Engine:
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": self.backend.name,
         }
-
-
-class _Steps:
-    """Progress and cancellation after each step."""
-
-    def __init__(self, callback: Callback | None, total: int, bar: tqdm) -> None:
-        self.callback, self.total, self.bar = callback, total, bar
-        self.cancelled = False
-
-    def __call__(self, i: int, latents: Tensor) -> bool:
-        self.bar.update()
-        answer = None if self.callback is None else self.callback(i, self.total, latents)
-        self.cancelled = answer is not None and not answer
-        return not self.cancelled
-
-
-class _StageClock:
-    """Wall time per stage; on a GPU a stage ends when its work is done."""
-
-    def __init__(self, device: torch.device) -> None:
-        self.device, self.stages, self.start = device, {}, time.perf_counter()
-
-    @contextmanager
-    def __call__(self, stage: str) -> Iterator[None]:
-        start = time.perf_counter()
-        yield
-        if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
-        self.stages[stage] = time.perf_counter() - start
-
-    def seconds(self) -> dict[str, float]:
-        return self.stages | {"total": time.perf_counter() - self.start}
-
-
-def _all_finite(tensors: tuple[Tensor, ...]) -> bool:
-    return all(bool(torch.isfinite(tensor).all()) for tensor in tensors)
 
 
 def _check_finite(finite: Tensor, table: SamplerTable) -> None:

@@ -11,3 +11,7 @@ class ConceptFileError(ValueError):
 
 class NonFiniteError(RuntimeError):
     """A model produced NaN or infinity; the message names the stage."""
+
+
+class OutOfMemoryError(RuntimeError):
+    """The GPU's memory does not hold what was asked for; the message says what would fit."""

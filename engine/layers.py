@@ -23,42 +23,57 @@ class GroupNorm(nn.GroupNorm):
 
 
 class GroupNormSiLU(GroupNorm):
-    """``silu(group_norm(x))``, statistics in float32."""
+    """``silu(group_norm(x + shift))``, statistics in float32."""
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return self.ops.group_norm_silu(x, shift, self.weight, self.bias, self.num_groups, self.eps)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution whose bias may be left to what comes after it."""
+
+    bias: Tensor
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, None, self.stride, self.padding)
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution as the linear map it is, over the last axis of (..., C_in)."""
+
+    bias: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
 
     def forward(self, x: Tensor) -> Tensor:
-        return self.ops.group_norm_silu(x, self.weight, self.bias, self.num_groups, self.eps)
-
-
-class LayerNorm(nn.LayerNorm):
-    """LayerNorm over the last axis."""
-
-    def __init__(self, channels: int, ops: Ops) -> None:
-        super().__init__(channels)
-        self.ops = ops
-
-    def forward(self, x: Tensor) -> Tensor:
-        return self.ops.layer_norm(x, self.weight, self.bias, self.eps)
+        return F.linear(x, self.weight[:, :, 0, 0], self.bias)
 
 
 class ResnetBlock2D(nn.Module):
-    """Two normalised 3x3 convolutions around a residual, with an optional per-row shift in between."""
+    """Two normalised 3x3 convolutions around a residual, with an optional per-row shift in between.
+
+    The first one's bias is part of the shift, which the second normalisation adds; the second one's is added with the
+    residual.
+    """
 
     def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, ops: Ops) -> None:
         super().__init__()
+        self.ops = ops
         self.norm1 = GroupNormSiLU(groups, in_channels, eps, ops)
-        self.conv1 = nn.Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
         self.norm2 = GroupNormSiLU(groups, out_channels, eps, ops)
-        self.conv2 = nn.Conv2d(out_channels, out_channels, 3, padding=1)
-        self.conv_shortcut = nn.Conv2d(in_channels, out_channels, 1) if in_channels != out_channels else None
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = PointwiseConv2d(in_channels, out_channels) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
-        """``x`` is (B, C, h, w); ``shift`` (B, C_out) is the projected time embedding."""
-        h = self.conv1(self.norm1(x))
-        if shift is not None:
-            h += shift[:, :, None, None]
-        h = self.conv2(self.norm2(h))
-        h += x if self.conv_shortcut is None else self.conv_shortcut(x)
-        return h
+        """``x`` is (B, C, h, w); ``shift`` (B, C_out) has the first convolution's bias in it; None for that alone."""
+        shift = self.conv1.bias[None] if shift is None else shift
+        h = self.conv1.without_bias(self.norm1(x))
+        h = self.conv2.without_bias(self.norm2(h, shift))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.ops.residual_add(h, x, self.conv2.bias)
 
 
 class Downsample2D(nn.Module):

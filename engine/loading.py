@@ -14,6 +14,7 @@ from .checkpoint import Checkpoint, open_checkpoint
 from .checks import check_choice
 from .engine import Engine
 from .errors import CheckpointError
+from .graphs import CudaCapture, Graphs
 from .native import DTYPES, levels, native_ops
 from .ops import TORCH, TRITON, Ops
 from .packing import pack_convolutions
@@ -33,6 +34,7 @@ def load(
     device: str | torch.device | None = None,
     dtype: str | torch.dtype | None = None,
     backend: str = "auto",
+    graphs: bool | None = None,
     config: str | Path | None = None,
 ) -> Engine:
     """Load a model.
@@ -44,6 +46,8 @@ def load(
         dtype: "float32", "bfloat16" or "float16"; unless given, float16 on a GPU and float32 on a CPU.
         backend: "torch", "native" (a CPU, float32 or bfloat16), "triton" (a GPU), or "auto": native where it is built
             and fits, else torch, until the Triton kernels are proven on GPUs.
+        graphs: replay steps and decoding as CUDA graphs, captured when first met (``Engine.warmup`` meets them ahead);
+            unless given, with backend "triton".
         config: for a single file, a diffusers folder whose configs and tokenizer to use; the file's own folder where it
             is one. Without any, sizes are read from the tensors' shapes and the rest is SD v1.5's.
 
@@ -56,6 +60,8 @@ def load(
     where = _device(device)
     kind = _dtype(dtype, where)
     ops = _ops(backend, where, kind)
+    if graphs and where.type != "cuda":
+        raise RuntimeError(f"graphs need a CUDA device, got {where}; leave graphs out")
     checkpoint = open_checkpoint(model, config, prefer_fp16=kind == torch.float16)
     _check_fit(checkpoint)
     with torch.device("meta"):
@@ -67,7 +73,11 @@ def load(
     if ops.name == "native":
         pack_convolutions(unet)
         pack_convolutions(vae)
-    return Engine(checkpoint.name, unet, vae, text_encoder, checkpoint.schedule, ops)
+    if ops.name == "triton":
+        unet.compose()
+    has_graphs = ops.name == "triton" if graphs is None else graphs
+    captured = Graphs(CudaCapture(where)) if has_graphs else None
+    return Engine(checkpoint.name, unet, vae, text_encoder, checkpoint.schedule, ops, captured)
 
 
 def _check_fit(checkpoint: Checkpoint) -> None:

@@ -8,6 +8,7 @@ from functools import cache
 from pathlib import Path
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .ops import Ops
@@ -16,20 +17,21 @@ LEVELS = ("baseline", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16)
 
 _FOLDER = Path(__file__).parent
-_ABI = 1
+_ABI = 2
 _MAX_HEAD_DIM = 512
 _SIGNATURES: dict[str, tuple[type, ...]] = {  # the first argument says whether tensors are bfloat16
     "attention": (c_int, *[c_void_p] * 8, c_int64),
     "dbim": (c_int, *[c_void_p] * 10, c_int),
     "residual_apply": (c_int, *[c_void_p] * 6, *[c_int64] * 4),
-    "group_norm": (c_int, *[c_void_p] * 4, *[c_int64] * 4, c_float, c_int),
+    "residual_add": (c_int, *[c_void_p] * 4, *[c_int64] * 2),
+    "group_norm": (c_int, *[c_void_p] * 5, *[c_int64] * 5, c_float, c_int),
     "layer_norm": (c_int, *[c_void_p] * 4, *[c_int64] * 2, c_float),
     "geglu": (c_int, *[c_void_p] * 2, *[c_int64] * 2),
 }
 
 
 class _AttentionSizes(ctypes.Structure):
-    _fields_ = tuple((name, c_int64) for name in ("B", "N", "S", "H", "D"))
+    _fields_ = tuple((name, c_int64) for name in ("B", "N", "S", "H", "D", "q_row", "k_row", "v_row"))
 
 
 @cache
@@ -42,9 +44,27 @@ def levels() -> tuple[str, ...]:
     return tuple(level for level in built if level in runs)
 
 
-@cache
 def native_ops(level: str | None = None) -> Ops:
-    """The ops on native kernels of one of ``levels()``, the best unless given; they have no gradients.
+    """The ops on ``native_kernels(level)``; they have no gradients."""
+    kernels = native_kernels(level)
+    return Ops(
+        name="native",
+        attention=kernels.attention,
+        cross_attention=kernels.cross_attention,
+        residual_apply=kernels.residual_apply,
+        dbim=kernels.dbim,
+        group_norm=kernels.group_norm,
+        group_norm_silu=kernels.group_norm_silu,
+        residual_add=kernels.residual_add,
+        layer_norm_linear=kernels.layer_norm_linear,
+        layer_norm_geglu=kernels.layer_norm_geglu,
+        linear_add=kernels.linear_add,
+    )
+
+
+@cache
+def native_kernels(level: str | None = None) -> Kernels:
+    """The kernels of one of ``levels()``, the best unless given.
 
     Raises:
         RuntimeError: native kernels are not built, or this processor does not run them.
@@ -53,18 +73,7 @@ def native_ops(level: str | None = None) -> Ops:
         raise RuntimeError("native kernels are not built; with a C++20 compiler there, run: pip install -e .")
     if level is not None and level not in levels():
         raise RuntimeError(f"native kernels are {', '.join(levels())} here, got {level!r}")
-    kernels = _Kernels(_open(level or levels()[-1]))
-    return Ops(
-        name="native",
-        attention=kernels.attention,
-        cross_attention=kernels.cross_attention,
-        residual_apply=kernels.residual_apply,
-        dbim=kernels.dbim,
-        geglu=kernels.geglu,
-        group_norm=kernels.group_norm,
-        group_norm_silu=kernels.group_norm_silu,
-        layer_norm=kernels.layer_norm,
-    )
+    return Kernels(_open(level or levels()[-1]))
 
 
 def _path(level: str) -> Path:
@@ -87,7 +96,7 @@ def _open(level: str) -> ctypes.CDLL:
     return library
 
 
-class _Kernels:
+class Kernels:
     """Launchers with the signatures of the eager references in ``kernels/``; tensors must be contiguous."""
 
     def __init__(self, library: ctypes.CDLL) -> None:
@@ -103,10 +112,10 @@ class _Kernels:
         return self._attend(q, k, v, _typed(tokens, torch.int64), n_heads)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
-        is_bfloat16 = _check(q, k, v)
-        sizes, scratch = self._prepare(q, k, n_heads, is_bfloat16)
+        is_bfloat16, rows = _check_rows(q, k, v)
+        sizes, scratch = self._prepare(q, k, n_heads, rows, is_bfloat16)
         n_tokens = tokens.shape[1]
-        out, columns = torch.empty_like(q), q.new_empty(*q.shape[:2], n_tokens * n_heads)
+        out, columns = q.new_empty(q.shape), q.new_empty(*q.shape[:2], n_tokens * n_heads)
         pointers = (tensor.data_ptr() for tensor in (q, k, v, tokens, out, columns, scratch))
         self.library.twinstream_attention(is_bfloat16, *pointers, ctypes.addressof(sizes), n_tokens)
         return out, columns
@@ -122,10 +131,10 @@ class _Kernels:
         n_heads: int,
         logits: bool,
     ) -> Tensor:
-        is_bfloat16 = _check(q, k, v)
+        is_bfloat16, rows = _check_rows(q, k, v)
         self._check_keys(k)
-        sizes, scratch = self._prepare(q, k, n_heads, is_bfloat16)
-        out, masks = torch.empty_like(q), q.new_empty(q.shape[0], n_heads, q.shape[1], dtype=torch.float32)
+        sizes, scratch = self._prepare(q, k, n_heads, rows, is_bfloat16)
+        out, masks = q.new_empty(q.shape), q.new_empty(q.shape[0], n_heads, q.shape[1], dtype=torch.float32)
         small = (_typed(chosen, torch.bool), _typed(lengths, torch.int64), _typed(gates, torch.float32))
         tensors = (q, k, v, *small, out, masks, scratch)
         pointers = (tensor.data_ptr() for tensor in tensors)
@@ -140,25 +149,62 @@ class _Kernels:
         self.library.twinstream_residual_apply(is_bfloat16, *pointers, F, N, K, C)
         return y
 
-    def group_norm(self, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        return self._group_norm(x, weight, bias, groups, eps, with_silu=False)
+    def residual_add(self, x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
+        """All tensors are channels-last."""
+        is_bfloat16 = _check(x.permute(0, 2, 3, 1), residual.permute(0, 2, 3, 1), bias)
+        y, C = torch.empty_like(x, memory_format=torch.channels_last), x.shape[1]
+        pointers = (tensor.data_ptr() for tensor in (x, residual, bias, y))
+        self.library.twinstream_residual_add(is_bfloat16, *pointers, x.numel() // C, C)
+        return y
 
-    def group_norm_silu(self, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-        return self._group_norm(x, weight, bias, groups, eps, with_silu=True)
+    def group_norm(self, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+        return self._group_norm(x, None, weight, bias, groups, eps, with_silu=False)
+
+    def group_norm_silu(
+        self, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
+    ) -> Tensor:
+        return self._group_norm(x, shift, weight, bias, groups, eps, with_silu=True)
 
     def _group_norm(
-        self, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, *, with_silu: bool
+        self, x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, *, with_silu: bool
     ) -> Tensor:
         """The result is channels-last, and so must ``x`` be."""
         B, C, height, width = x.shape
         if not x.is_contiguous(memory_format=torch.channels_last) or C % groups:
             rule = f"x must be channels-last with channels in {groups} groups"
             raise ValueError(f"{rule}, got {tuple(x.shape)}, strides {x.stride()}")
-        is_bfloat16 = _check(x.permute(0, 2, 3, 1), weight, bias)
+        if shift is not None and (shift.shape not in {(1, C), (B, C)} or shift.stride(1) != 1):
+            rule = f"shift must be (1 or {B}, {C}), its channels side by side"
+            raise ValueError(f"{rule}, got {tuple(shift.shape)}, strides {shift.stride()}")
+        is_bfloat16 = _check(x.permute(0, 2, 3, 1), weight, bias, *([] if shift is None else [shift[0]]))
         y = torch.empty_like(x, memory_format=torch.channels_last)
-        pointers = (tensor.data_ptr() for tensor in (x, weight, bias, y))
-        self.library.twinstream_group_norm(is_bfloat16, *pointers, B, height * width, C, groups, eps, with_silu)
+        pointers = (None if tensor is None else tensor.data_ptr() for tensor in (x, shift, weight, bias, y))
+        shift_row = shift.stride(0) if shift is not None and len(shift) > 1 else 0
+        sizes = (B, height * width, C, groups, shift_row)
+        self.library.twinstream_group_norm(is_bfloat16, *pointers, *sizes, eps, with_silu)
         return y
+
+    def layer_norm_linear(
+        self, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor
+    ) -> Tensor:
+        return F.linear(self.layer_norm(x, norm_weight, norm_bias, eps), weight)
+
+    def layer_norm_geglu(
+        self, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor
+    ) -> Tensor:
+        return self.geglu(F.linear(self.layer_norm(x, norm_weight, norm_bias, eps), weight, bias))
+
+    def linear_add(
+        self,
+        x: Tensor,
+        weight: Tensor,
+        bias: Tensor,
+        residual: Tensor,
+        z: Tensor | None = None,
+        z_weight: Tensor | None = None,
+    ) -> Tensor:
+        y = F.linear(x, weight, bias).add_(residual)
+        return y if z is None or z_weight is None else y.add_(F.linear(z, z_weight))
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         is_bfloat16 = _check(x, weight, bias)
@@ -174,11 +220,13 @@ class _Kernels:
         self.library.twinstream_geglu(is_bfloat16, x.data_ptr(), y.data_ptr(), y.numel() // C, C)
         return y
 
-    def _prepare(self, q: Tensor, k: Tensor, n_heads: int, is_bfloat16: bool) -> tuple[_AttentionSizes, Tensor]:
+    def _prepare(
+        self, q: Tensor, k: Tensor, n_heads: int, rows: tuple[int, ...], is_bfloat16: bool
+    ) -> tuple[_AttentionSizes, Tensor]:
         (B, N, C), S = q.shape, k.shape[1]
         if C // n_heads > _MAX_HEAD_DIM:
             raise ValueError(f"head dims must be at most {_MAX_HEAD_DIM} in native attention, got {C // n_heads}")
-        sizes = _AttentionSizes(B, N, S, n_heads, C // n_heads)
+        sizes = _AttentionSizes(B, N, S, n_heads, C // n_heads, *rows)
         n_bytes = self.library.twinstream_attention_scratch(is_bfloat16, ctypes.addressof(sizes))
         return sizes, torch.empty(n_bytes, dtype=torch.uint8)
 
@@ -190,11 +238,26 @@ class _Kernels:
 
 def _check(*tensors: Tensor) -> bool:
     """Whether the tensors are bfloat16; all must be what the kernels take."""
+    for tensor in tensors:
+        if not tensor.is_contiguous():
+            raise ValueError(f"native kernels take contiguous tensors, got strides {tensor.stride()}")
+    return _is_bfloat16(*tensors)
+
+
+def _check_rows(*tensors: Tensor) -> tuple[bool, tuple[int, ...]]:
+    """The same for tensors (B, N, C) whose rows may be apart, as parts of a wider projection are; and how far."""
+    for tensor in tensors:
+        if tensor.stride(2) != 1 or (len(tensor) > 1 and tensor.stride(0) != tensor.shape[1] * tensor.stride(1)):
+            raise ValueError(f"native attention takes rows that are evenly apart, got strides {tensor.stride()}")
+    return _is_bfloat16(*tensors), tuple(tensor.stride(1) for tensor in tensors)
+
+
+def _is_bfloat16(*tensors: Tensor) -> bool:
     dtype = tensors[0].dtype
     for tensor in tensors:
-        if tensor.dtype != dtype or dtype not in DTYPES or tensor.device.type != "cpu" or not tensor.is_contiguous():
-            rule = "native kernels take contiguous float32 or bfloat16 CPU tensors of one dtype"
-            raise ValueError(f"{rule}, got {tensor.dtype} on {tensor.device}, strides {tensor.stride()}")
+        if tensor.dtype != dtype or dtype not in DTYPES or tensor.device.type != "cpu":
+            rule = "native kernels take float32 or bfloat16 CPU tensors of one dtype"
+            raise ValueError(f"{rule}, got {tensor.dtype} on {tensor.device}")
         if tensor.requires_grad and torch.is_grad_enabled():
             raise RuntimeError("native kernels have no gradients; load the model with backend='torch'")
     return dtype == torch.bfloat16

@@ -5,14 +5,16 @@ from __future__ import annotations
 from collections.abc import Callable
 from dataclasses import dataclass
 
-import torch.nn.functional as F
 from torch import Tensor
 
-from .kernels.attention import attention_ref
+from .kernels.attention import attention, attention_ref
 from .kernels.cross_attention import cross_attention, cross_attention_sdpa
 from .kernels.dbim import dbim, dbim_ref
-from .kernels.geglu import geglu, geglu_ref
-from .kernels.group_norm_silu import group_norm_ref, group_norm_silu, group_norm_silu_ref
+from .kernels.group_norm_silu import group_norm, group_norm_ref, group_norm_silu, group_norm_silu_ref
+from .kernels.layer_norm_geglu import layer_norm_geglu, layer_norm_geglu_ref
+from .kernels.layer_norm_linear import layer_norm_linear, layer_norm_linear_ref
+from .kernels.linear_add import linear_add, linear_add_ref
+from .kernels.residual_add import residual_add, residual_add_ref
 from .kernels.residual_apply import residual_apply, residual_apply_ref
 
 
@@ -25,15 +27,12 @@ class Ops:
     cross_attention: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
     residual_apply: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
     dbim: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
-    geglu: Callable[[Tensor], Tensor]
     group_norm: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
-    group_norm_silu: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
-    layer_norm: Callable[[Tensor, Tensor, Tensor, float], Tensor]
-
-
-def layer_norm_ref(x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
-    """LayerNorm over the last axis (Ba et al. 2016, arXiv:1607.06450); ``weight`` and ``bias`` have its size."""
-    return F.layer_norm(x, x.shape[-1:], weight, bias, eps)
+    group_norm_silu: Callable[[Tensor, Tensor | None, Tensor, Tensor, int, float], Tensor]
+    residual_add: Callable[[Tensor, Tensor, Tensor], Tensor]
+    layer_norm_linear: Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor]
+    layer_norm_geglu: Callable[[Tensor, Tensor, Tensor, float, Tensor, Tensor], Tensor]
+    linear_add: Callable[..., Tensor]
 
 
 TORCH = Ops(
@@ -42,19 +41,23 @@ TORCH = Ops(
     cross_attention=cross_attention_sdpa,
     residual_apply=residual_apply_ref,
     dbim=dbim_ref,
-    geglu=geglu_ref,
     group_norm=group_norm_ref,
     group_norm_silu=group_norm_silu_ref,
-    layer_norm=layer_norm_ref,
+    residual_add=residual_add_ref,
+    layer_norm_linear=layer_norm_linear_ref,
+    layer_norm_geglu=layer_norm_geglu_ref,
+    linear_add=linear_add_ref,
 )
 TRITON = Ops(
     name="triton",
-    attention=attention_ref,  # torch's until a kernel of ours wins
+    attention=attention,
     cross_attention=cross_attention,
     residual_apply=residual_apply,
     dbim=dbim,
-    geglu=geglu,
-    group_norm=group_norm_ref,  # torch's, as is layer_norm
+    group_norm=group_norm,
     group_norm_silu=group_norm_silu,
-    layer_norm=layer_norm_ref,
+    residual_add=residual_add,
+    layer_norm_linear=layer_norm_linear,
+    layer_norm_geglu=layer_norm_geglu,
+    linear_add=linear_add,
 )

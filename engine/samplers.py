@@ -13,7 +13,7 @@ position ``i`` may differ from row to row, so that rows at different steps may s
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
@@ -27,23 +27,38 @@ _LCM_TIMESTEP_SCALING = 10.0
 
 
 @dataclass(frozen=True, slots=True)
+class Coefficients:
+    """What ``step`` reads; entry ``i`` of each tensor belongs to step ``i``.
+
+    Attributes:
+        input_scale: (T,) factor from the state's ``x`` to the UNet's input.
+        state, model, noise: ``A`` (T, K, K), ``b`` (T, K) and ``c`` (T, K), float32; entry 0 of the state is ``x``.
+    """
+
+    input_scale: Tensor
+    state: Tensor
+    model: Tensor
+    noise: Tensor
+
+    def map(self, change: Callable[[Tensor], Tensor]) -> Coefficients:
+        """The same with every tensor changed."""
+        return Coefficients(*(change(getattr(self, field.name)) for field in fields(self)))
+
+
+@dataclass(frozen=True, slots=True)
 class SamplerTable:
-    """One sampler on one schedule; entry ``i`` of each tensor belongs to step ``i``.
+    """One sampler on one schedule.
 
     Attributes:
         timesteps: (T,) float32, what the UNet is told.
-        input_scale: (T,) factor from the state's ``x`` to the UNet's input.
-        state, model, noise: ``A`` (T, K, K), ``b`` (T, K) and ``c`` (T, K), float32; entry 0 of the state is ``x``.
+        coefficients: of its T steps.
         start_noise: factor on unit noise that starts a picture from nothing.
         image_scale, image_noise: factors on clean latents and unit noise that start from a picture.
         noise_draws: how many steps draw noise: 0 for a deterministic sampler; LCM's last step draws none.
     """
 
     timesteps: Tensor
-    input_scale: Tensor
-    state: Tensor
-    model: Tensor
-    noise: Tensor
+    coefficients: Coefficients
     start_noise: float
     image_scale: float
     image_noise: float
@@ -53,43 +68,47 @@ class SamplerTable:
         return len(self.timesteps)
 
     def to(self, device: torch.device | str) -> SamplerTable:
-        moved = {
-            name: getattr(self, name).to(device) for name in ("timesteps", "input_scale", "state", "model", "noise")
-        }
-        return replace(self, **moved)
+        moved = self.coefficients.map(lambda x: x.to(device))
+        return replace(self, timesteps=self.timesteps.to(device), coefficients=moved)
 
     def start_history(self, x: Tensor) -> Tensor:
         """The history before the first step: zeros (K - 1, B, 4, h, w)."""
-        return x.new_zeros(self.state.shape[-1] - 1, *x.shape)
+        return x.new_zeros(self.coefficients.state.shape[-1] - 1, *x.shape)
 
 
 def step(
-    table: SamplerTable, x: Tensor, noise_pred: Tensor, position: Tensor, history: Tensor, noise: Tensor | None = None
+    coefficients: Coefficients,
+    x: Tensor,
+    noise_pred: Tensor,
+    position: Tensor,
+    history: Tensor,
+    noise: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
     """Take one step.
 
     Args:
-        table: the sampler's table, on the device of ``x``.
+        coefficients: the sampler's, on the device of ``x``.
         x: (B, 4, h, w) float32.
         noise_pred: what the UNet predicted for ``x * input_scale``, shape of ``x``.
         position: (B,) int64, each row's step.
         history: (K - 1, B, 4, h, w), from ``start_history`` or the last step.
-        noise: fresh unit noise, shape of ``x``, at the first ``noise_draws`` steps.
+        noise: fresh unit noise, shape of ``x``; None where no row draws any.
 
     Returns:
         The next ``x`` and history.
     """
     state = torch.cat([x[None], history])
     # Elementwise, since a matrix product would be rounded to TF32 where a process allows that
-    moved = (_over_latents(table.state[position].permute(1, 2, 0)) * state).sum(dim=1)
-    moved = moved + _over_latents(table.model[position].T) * noise_pred.float()
+    moved = (over_latents(coefficients.state[position].permute(1, 2, 0)) * state).sum(dim=1)
+    moved = moved + over_latents(coefficients.model[position].T) * noise_pred.float()
     if noise is not None:
-        moved = moved + _over_latents(table.noise[position].T) * noise.float()
+        moved = moved + over_latents(coefficients.noise[position].T) * noise.float()
     return moved[0], moved[1:]
 
 
-def _over_latents(coefficients: Tensor) -> Tensor:
-    return coefficients[..., None, None, None]
+def over_latents(factors: Tensor) -> Tensor:
+    """Factors (..., B) as (..., B, 1, 1, 1), which multiply latents."""
+    return factors[..., None, None, None]
 
 
 def make_table(name: str, config: ScheduleConfig, steps: int, eta: float = 0.0, begin: int = 0) -> SamplerTable:
@@ -155,10 +174,12 @@ class _Table:
             start = float(ratios.max() if schedule.spans_all else np.hypot(ratios.max(), 1.0))
         return SamplerTable(
             timesteps=torch.tensor(schedule.timesteps[first:], dtype=torch.float32),
-            input_scale=torch.tensor(scale, dtype=torch.float32),
-            state=torch.tensor(self.state, dtype=torch.float32),
-            model=torch.tensor(self.model, dtype=torch.float32),
-            noise=torch.tensor(self.noise, dtype=torch.float32),
+            coefficients=Coefficients(
+                input_scale=torch.tensor(scale, dtype=torch.float32),
+                state=torch.tensor(self.state, dtype=torch.float32),
+                model=torch.tensor(self.model, dtype=torch.float32),
+                noise=torch.tensor(self.noise, dtype=torch.float32),
+            ),
             start_noise=start,
             image_scale=1.0 if self.exploding else float(schedule.alphas[first]),
             image_noise=float(ratios[first] if self.exploding else schedule.sigmas[first]),

@@ -19,15 +19,15 @@ from .transformer import CrossAttention, Transformer2DModel
 
 
 class UNetResnet(ResnetBlock2D):
-    """A resnet that takes its shift from the conditioning."""
+    """A resnet that takes its shift, time embedding and first bias in one, from the conditioning."""
 
     def __init__(self, in_channels: int, out_channels: int, config: UNetConfig, ops: Ops) -> None:
         super().__init__(in_channels, out_channels, config.norm_num_groups, config.norm_eps, ops)
         self.time_emb_proj = nn.Linear(4 * config.block_out_channels[0], out_channels)
-        self.layer = -1  # position among the UNet's resnets in forward order
+        self.channels = slice(0)  # its part of the UNet's shifts
 
     def forward(self, x: Tensor, condition: Conditioning) -> Tensor:
-        return super().forward(x, condition.shift(self.layer, x))
+        return super().forward(x, condition.shift(self.channels, x))
 
 
 class UNetStage(nn.Module):
@@ -132,16 +132,23 @@ class UNet2DConditionModel(nn.Module):
         self.text_projections = {  # "...attn2.to_k", "...attn2.to_v", in the order of ``text_kv``
             f"{name}.{part}": getattr(m, part) for name, m in self.cross_attentions.items() for part in ("to_k", "to_v")
         }
-        for i, resnet in enumerate(self.resnets):
-            resnet.layer = i
+        first = 0
+        for resnet in self.resnets:
+            resnet.channels = slice(first, first := first + len(resnet.conv1.bias))
         for i, attn2 in enumerate(self.cross_attentions.values()):
             attn2.layer = i
 
-    def time_shifts(self, timesteps: Tensor) -> tuple[Tensor, ...]:
-        """Per resnet, the time embedding's shift (T, C) for timesteps (T,), in the weights' dtype."""
+    def compose(self) -> None:
+        """Make products of projections that follow one another; weights must not change after."""
+        for module in self.modules():
+            if isinstance(module, Transformer2DModel):
+                module.compose()
+
+    def time_shifts(self, timesteps: Tensor) -> Tensor:
+        """All resnets' shifts (T, sum of C) at timesteps (T,), time embedding and first bias, in the weights' dtype."""
         embedding = timestep_embedding(timesteps, self.config.block_out_channels[0])
         hidden = F.silu(self.time_embedding(embedding.to(self.conv_in.weight.dtype)))
-        return tuple(resnet.time_emb_proj(hidden) for resnet in self.resnets)
+        return torch.cat([resnet.time_emb_proj(hidden) + resnet.conv1.bias for resnet in self.resnets], dim=1)
 
     def text_kv(self, context: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
         """Per cross-attention layer, keys and values (B, S, C) of the encoded text ``context`` (B, S, E)."""

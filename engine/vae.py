@@ -122,7 +122,7 @@ class AutoencoderKL(nn.Module):
 
     def __init__(self, config: VAEConfig, ops: Ops = TORCH) -> None:
         super().__init__()
-        self.config = config
+        self.config, self.ops = config, ops
         self.encoder = Encoder(config, ops)
         self.decoder = Decoder(config, ops)
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)

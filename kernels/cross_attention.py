@@ -51,7 +51,8 @@ def cross_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, n_head
     """
     D, T = q.shape[-1] // n_heads, tokens.shape[1]
     padding = -(D + T) % 8 + T
-    units = F.one_hot(tokens, k.shape[1]).transpose(1, 2).to(v.dtype)  # (B, S, T)
+    keys = torch.arange(k.shape[1], device=tokens.device)
+    units = (keys[:, None] == tokens[:, None, :]).to(v.dtype)  # (B, S, T)
     units = F.pad(units, (0, padding - T))[:, None].expand(-1, n_heads, -1, -1)
     q, k, v = (x.unflatten(-1, (n_heads, -1)).transpose(1, 2) for x in (q, k, v))
     both = F.scaled_dot_product_attention(

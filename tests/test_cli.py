@@ -49,7 +49,7 @@ def test_info(small_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["info", "--model", str(small_folder)]) == 0
     printed = capsys.readouterr().out
     native = ", ".join(levels()) or "not built"
-    geglu = "native: native.geglu" if levels() else "torch: geglu.geglu_ref"
+    geglu = "native: native.layer_norm_geglu" if levels() else "torch: layer_norm_geglu.layer_norm_geglu_ref"
     for part in ("twinstream", "torch", "gpu", f"native kernels    {native}", "attention", geglu, "M parameters"):
         assert part in printed
 

@@ -64,7 +64,7 @@ def test_guidance_one_skips_the_unconditional_row(small: engine.Engine, monkeypa
     rows = []
     original = type(small.unet).denoise
     monkeypatch.setattr(
-        type(small.unet), "denoise", lambda self, sample, c: rows.append(len(c.shifts[0])) or original(self, sample, c)
+        type(small.unet), "denoise", lambda self, sample, c: rows.append(len(c.shifts)) or original(self, sample, c)
     )
     small.generate("a cat", guidance_scale=1, **_FAST)
     small.generate("a cat", guidance_scale=2, **_FAST)

@@ -1,7 +1,7 @@
 """Native CPU kernels, at every level this processor runs: accuracy, odd sizes, threads, alignment, refusals."""
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -13,7 +13,8 @@ from torch import Tensor
 import engine
 from engine import native
 from engine.kernels.cross_attention import cross_attention_ref
-from engine.native import DTYPES, LEVELS, levels, native_ops
+from engine.kernels.geglu import geglu_ref
+from engine.native import DTYPES, LEVELS, Kernels, levels, native_kernels, native_ops
 from engine.ops import TORCH, Ops
 from engine.packing import pack_convolutions
 from tests.kernels.accuracy import assert_as_accurate
@@ -41,6 +42,12 @@ def ops(request: pytest.FixtureRequest) -> Ops:
     return native_ops(request.param)
 
 
+@pytest.fixture
+def kernels(ops: Ops) -> Kernels:
+    """Those behind ``ops``."""
+    return ops.attention.__self__
+
+
 @pytest.fixture(params=DTYPES, ids=str)
 def dtype(request: pytest.FixtureRequest) -> torch.dtype:
     return request.param
@@ -63,8 +70,12 @@ def _random(*shape: int, dtype: torch.dtype, aligned: bool = False) -> Tensor:
 
 def _compare(op: str, ops: Ops, *arguments: Any) -> None:
     """Native and eager results of one op against eager ones in float64."""
+    _compare_functions(getattr(ops, op), getattr(TORCH, op), *arguments)
+
+
+def _compare_functions(actual: Callable[..., Any], eager: Callable[..., Any], *arguments: Any) -> None:
     wide = [a.double() if isinstance(a, Tensor) and a.is_floating_point() else a for a in arguments]
-    results = [getattr(TORCH, op)(*wide), getattr(TORCH, op)(*arguments), getattr(ops, op)(*arguments)]
+    results = [eager(*wide), eager(*arguments), actual(*arguments)]
     exact, eager, actual = ([result] if isinstance(result, Tensor) else result for result in results)
     for one, its_eager, its_exact in zip(actual, eager, exact, strict=True):
         assert torch.isfinite(one).all()
@@ -77,6 +88,14 @@ def test_attention(ops: Ops, dtype: torch.dtype, shape: tuple[int, ...]) -> None
     B, N, S, H, D = shape
     q, k, v = (_random(B, n, H * D, dtype=dtype) for n in (N, S, S))
     _compare("attention", ops, 3 * q, k, v, H)
+
+
+def test_attention_to_parts_of_one_projection(ops: Ops, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    q, k, v = _random(2, 33, 3 * 80, dtype=dtype).chunk(3, dim=-1)
+    _compare("attention", ops, q, k, v, 2)
+    parts = (x.contiguous() for x in (q, k, v))
+    assert torch.equal(ops.attention(q, k, v, 2), ops.attention(*parts, 2))
 
 
 def test_attention_of_large_scores(ops: Ops, dtype: torch.dtype) -> None:
@@ -136,8 +155,11 @@ def test_group_norm(ops: Ops, dtype: torch.dtype, threads: int, shape: tuple[int
     B, C, height, width, groups = shape
     x = _random(B, height, width, C, dtype=dtype).permute(0, 3, 1, 2)
     weight, bias = _random(C, dtype=dtype), _random(C, dtype=dtype)
-    _compare(op, ops, x, weight, bias, groups, 1e-5)
-    assert getattr(ops, op)(x, weight, bias, groups, 1e-5).is_contiguous(memory_format=torch.channels_last)
+    shifts = [()] if op == "group_norm" else [(None,), (_random(1, C, dtype=dtype),), (_random(B, C, dtype=dtype),)]
+    for shift in shifts:
+        _compare(op, ops, x, *shift, weight, bias, groups, 1e-5)
+        y = getattr(ops, op)(x, *shift, weight, bias, groups, 1e-5)
+        assert y.is_contiguous(memory_format=torch.channels_last)
 
 
 def test_group_norm_of_a_large_mean(ops: Ops) -> None:
@@ -146,19 +168,41 @@ def test_group_norm_of_a_large_mean(ops: Ops) -> None:
     _compare("group_norm", ops, x, torch.ones(32), torch.zeros(32), 4, 1e-5)
 
 
-@pytest.mark.parametrize("shape", [(2, 64, 320), (3, 5, 33), (1, 1, 1)], ids=str)
-def test_layer_norm(ops: Ops, dtype: torch.dtype, threads: int, shape: tuple[int, ...]) -> None:
+@pytest.mark.parametrize("shape", [(2, 64, 8, 8), (1, 33, 5, 7), (1, 1, 1, 1)], ids=str)
+def test_residual_add(ops: Ops, dtype: torch.dtype, threads: int, shape: tuple[int, ...]) -> None:
     torch.manual_seed(threads)
-    x = 3 * _random(*shape, dtype=dtype) + 5
-    _compare("layer_norm", ops, x, _random(shape[-1], dtype=dtype), _random(shape[-1], dtype=dtype), 1e-5)
+    B, C, height, width = shape
+    x, residual = (_random(B, height, width, C, dtype=dtype).permute(0, 3, 1, 2) for _ in range(2))
+    _compare("residual_add", ops, x, residual, _random(C, dtype=dtype))
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 320), (3, 5, 33), (1, 1, 1)], ids=str)
+def test_layer_norm(kernels: Kernels, dtype: torch.dtype, threads: int, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(threads)
+    x, C = 3 * _random(*shape, dtype=dtype) + 5, shape[-1]
+    eager = lambda x, weight, bias, eps: torch.nn.functional.layer_norm(x, (C,), weight, bias, eps)  # noqa: E731
+    _compare_functions(kernels.layer_norm, eager, x, _random(C, dtype=dtype), _random(C, dtype=dtype), 1e-5)
 
 
 @pytest.mark.parametrize("shape", [(2, 64, 640), (3, 5, 34), (1, 2)], ids=str)
-def test_geglu(ops: Ops, dtype: torch.dtype, threads: int, shape: tuple[int, ...]) -> None:
+def test_geglu(kernels: Kernels, dtype: torch.dtype, threads: int, shape: tuple[int, ...]) -> None:
     torch.manual_seed(threads)
-    _compare("geglu", ops, 3 * _random(*shape, dtype=dtype))
+    _compare_functions(kernels.geglu, geglu_ref, 3 * _random(*shape, dtype=dtype))
     extreme = torch.tensor([[1.0, 1.0, 1.0, 1.0, -200.0, 200.0, 0.0, -6.0]]).to(dtype)
-    _compare("geglu", ops, extreme)
+    _compare_functions(kernels.geglu, geglu_ref, extreme)
+
+
+@pytest.mark.parametrize("shape", [(2, 64, 40), (1, 9, 33)], ids=str)
+def test_products(ops: Ops, dtype: torch.dtype, shape: tuple[int, ...]) -> None:
+    torch.manual_seed(0)
+    C = shape[-1]
+    x, norm = _random(*shape, dtype=dtype), (_random(C, dtype=dtype), _random(C, dtype=dtype), 1e-5)
+    weight, bias = _random(2 * C, C, dtype=dtype), _random(2 * C, dtype=dtype)
+    _compare("layer_norm_linear", ops, x, *norm, weight)
+    _compare("layer_norm_geglu", ops, x, *norm, weight, bias)
+    residual, z = _random(*shape[:-1], 2 * C, dtype=dtype), _random(*shape[:-1], 4 * C, dtype=dtype)
+    _compare("linear_add", ops, x, weight, bias, residual)
+    _compare("linear_add", ops, x, weight, bias, residual, z, _random(2 * C, 4 * C, dtype=dtype))
 
 
 @pytest.mark.parametrize("level", LEVELS)
@@ -182,11 +226,19 @@ def test_a_whole_picture(small_folder: Any, small: engine.Engine, level: str) ->
 def test_refusals(small_folder: Any) -> None:
     ops = native_ops()
     x = torch.randn(1, 4, 8)
-    for arguments in ((x.half(),), (x.double(),), (x.transpose(1, 2),)):
-        with pytest.raises(ValueError, match="native kernels take contiguous float32 or bfloat16 CPU tensors"):
-            ops.geglu(*arguments)
+    kernels = native_kernels()
+    for wrong in (x.half(), x.double()):
+        with pytest.raises(ValueError, match="native kernels take float32 or bfloat16 CPU tensors of one dtype"):
+            kernels.geglu(wrong)
+    with pytest.raises(ValueError, match="native kernels take contiguous tensors"):
+        kernels.geglu(x.transpose(1, 2))
+    with pytest.raises(ValueError, match="rows that are evenly apart"):
+        ops.attention(x.expand(2, 4, 8), x, x, 1)
+    picture = torch.randn(1, 4, 1, 1)
+    with pytest.raises(ValueError, match=r"shift must be \(1 or 1, 4\), its channels side by side, got \(2, 4\)"):
+        ops.group_norm_silu(picture, torch.zeros(2, 4), torch.ones(4), torch.ones(4), 2, 1e-5)
     with pytest.raises(RuntimeError, match="no gradients"):
-        ops.geglu(x.clone().requires_grad_())
+        kernels.geglu(x.clone().requires_grad_())
     with pytest.raises(ValueError, match="must be channels-last"):
         ops.group_norm(torch.randn(1, 4, 3, 5), torch.ones(4), torch.ones(4), 2, 1e-5)
     wide = torch.randn(1, 4, 1024)
@@ -207,7 +259,7 @@ def test_refusals(small_folder: Any) -> None:
 def test_without_a_build_torch_serves(small_folder: Any, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(native, "_FOLDER", tmp_path)
     levels.cache_clear()
-    native_ops.cache_clear()
+    native_kernels.cache_clear()
     try:
         assert levels() == ()
         assert engine.load(small_folder).backend is TORCH
@@ -216,7 +268,7 @@ def test_without_a_build_torch_serves(small_folder: Any, tmp_path: Path, monkeyp
     finally:
         monkeypatch.undo()
         levels.cache_clear()
-        native_ops.cache_clear()
+        native_kernels.cache_clear()
 
 
 def test_packed_convolutions_follow_their_weights(dtype: torch.dtype) -> None:
@@ -225,7 +277,7 @@ def test_packed_convolutions_follow_their_weights(dtype: torch.dtype) -> None:
     model.to(dtype).requires_grad_(False)
     plain, state = copy.deepcopy(model), model.state_dict()
     pack_convolutions(model)
-    assert [type(module).__name__ for module in model] == ["PackedConv2d", "PointwiseConv2d"]
+    assert [type(module).__name__ for module in model] == ["PackedConv2d", "PackedConv2d"]
     assert model.state_dict().keys() == state.keys()
     assert all(torch.equal(value, state[name]) for name, value in model.state_dict().items())
     few, many = torch.randn(2, 8, 9, 7).to(dtype), torch.randn(1, 8, 40, 40).to(dtype)

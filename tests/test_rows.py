@@ -31,7 +31,7 @@ def _flops(unet: UNet2DConditionModel, n_own: int, n_followers: int) -> int:
     n_rows = n_own + n_followers
     with torch.device("meta"), torch.no_grad():
         text = unet.text_kv(torch.empty(n_own, 77, 768))
-        shifts = tuple(shift.expand(n_rows, -1) for shift in unet.time_shifts(torch.empty(1)))
+        shifts = unet.time_shifts(torch.empty(1)).expand(n_rows, -1)
         following = None
         if n_followers:
             layers = unet.cross_attentions.values()
@@ -57,7 +57,7 @@ def test_a_following_row_costs_less_than_a_plain_one() -> None:
 def test_rows_of_one_picture_share_what_no_text_reaches() -> None:
     with torch.device("meta"), torch.no_grad():
         unet = UNet2DConditionModel(UNetConfig.from_dict(SD_V1_5_UNET))
-        shifts = tuple(shift.expand(2, -1) for shift in unet.time_shifts(torch.empty(1)))
+        shifts = unet.time_shifts(torch.empty(1)).expand(2, -1)
         text, index = unet.text_kv(torch.empty(2, 77, 768)), torch.empty(2, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
             unet.denoise(torch.empty(1, 4, 64, 64), Conditioning(shifts, text, shared=Shared(index, index[:1])))
@@ -100,7 +100,7 @@ def _mixing_flops(unet: UNet2DConditionModel, masked: bool) -> int:
     """Everything that a step of DCI computes on the reference path: two branches and the unconditional row."""
     with torch.device("meta"), torch.no_grad():
         text = unet.text_kv(torch.empty(3, 77, 768))
-        shifts = tuple(shift.expand(3, -1) for shift in unet.time_shifts(torch.empty(1)))
+        shifts = unet.time_shifts(torch.empty(1)).expand(3, -1)
         layers = frozenset(range(len(unet.cross_attentions)))
         chosen, lengths = torch.empty(2, 77, dtype=torch.bool), torch.empty(2, dtype=torch.int64)
         mixing = Mixing(chosen, lengths, torch.empty(1, 4), False, masked, layers)

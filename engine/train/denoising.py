@@ -72,7 +72,7 @@ def differentiable(unet: UNet2DConditionModel, gradient_checkpointing: bool) -> 
     """The same UNet, sharing its weights, on ops that have gradients."""
     with torch.device("meta"):
         twin = UNet2DConditionModel(unet.config, TORCH)
-    twin.load_state_dict(unet.state_dict(), assign=True)
+    twin.load_state_dict(dict(unet.named_parameters()), assign=True)
     twin.eval().requires_grad_(False)
     if gradient_checkpointing:
         for layers in [module for module in twin.modules() if isinstance(module, nn.ModuleList)]:

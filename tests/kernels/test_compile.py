@@ -5,7 +5,7 @@ import os
 import subprocess
 import sys
 
-from benchmarks.compile_kernels import ARCHITECTURES
+from benchmarks.compile_kernels import ARCHITECTURES, MAX_SHARED_BYTES
 
 
 def test_ahead_of_time_compilation() -> None:
@@ -20,8 +20,11 @@ def test_ahead_of_time_compilation() -> None:
     usages = json.loads(done.stdout)
     kernels = {usage["kernel"] for usage in usages}
     products = {"_cross_attention_fwd_kernel", "_cross_attention_pair_fwd_kernel", "_residual_apply_fwd_kernel"}
-    products |= {"_dbim_space_kernel", "_dbim_mix_kernel"}
-    assert {"_geglu_fwd_kernel", "_group_norm_stats_kernel", "_group_norm_combine_kernel"} | products <= kernels
+    products |= {"_dbim_space_kernel", "_dbim_mix_kernel", "_attention_fwd_kernel", "_layer_norm_linear_fwd_kernel"}
+    products |= {"_layer_norm_geglu_fwd_kernel", "_linear_add_fwd_kernel"}
+    others = {"_geglu_fwd_kernel", "_group_norm_stats_kernel", "_group_norm_combine_kernel", "_group_norm_apply_kernel"}
+    others |= {"_layer_norm_stats_kernel", "_residual_add_fwd_kernel"}
+    assert kernels == products | others
     for kernel in kernels:
         assert {usage["architecture"] for usage in usages if usage["kernel"] == kernel} == set(ARCHITECTURES)
     for usage in usages:
@@ -29,3 +32,4 @@ def test_ahead_of_time_compilation() -> None:
         assert usage["spill_instructions"] == 0, usage
         assert (usage["matrix_instructions"] > 0) == (usage["kernel"] in products), usage
         assert 0 < usage["registers"] <= 255
+        assert usage["shared_bytes"] <= MAX_SHARED_BYTES[usage["architecture"]], usage

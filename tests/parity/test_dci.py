@@ -111,7 +111,7 @@ def test_independent_noise(both) -> None:
 def test_rows_come_and_go(small: engine.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     rows = []
     denoise = small.unet.denoise
-    monkeypatch.setattr(small.unet, "denoise", lambda x, c: rows.append(len(c.shifts[0])) or denoise(x, c))
+    monkeypatch.setattr(small.unet, "denoise", lambda x, c: rows.append(len(c.shifts)) or denoise(x, c))
     _draw(small, engine.DCI("cat", fraction=0.25))
     assert rows == [3] * 2 + [2] * 6
     rows.clear()

@@ -113,7 +113,7 @@ def test_sets_of_concepts_share_one_foundation(small: engine.Engine, monkeypatch
     sets = [engine.Infusion([_concept(small, "cat", seed=seed)]) for seed in range(3)]
     rows = []
     denoise = small.unet.denoise
-    monkeypatch.setattr(small.unet, "denoise", lambda x, c: rows.append(len(c.shifts[0])) or denoise(x, c))
+    monkeypatch.setattr(small.unet, "denoise", lambda x, c: rows.append(len(c.shifts)) or denoise(x, c))
     together = _draw(small, sets, seed=[3] * 3, images_per_prompt=3, steps=2)
     assert rows == [2 + 2 * 3] * 2
     assert relative_error(together.latents, _each_alone(small, sets, steps=2)) <= 1e-5

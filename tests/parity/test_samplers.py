@@ -18,9 +18,9 @@ def _ours(table: SamplerTable, latents: Tensor, draws: list[Tensor], image: Tens
     x = table.start_noise * latents if image is None else table.image_scale * image + table.image_noise * latents
     history = table.start_history(x)
     for i in range(len(table)):
-        prediction = _model(x * table.input_scale[i], table.timesteps[i])
+        prediction = _model(x * table.coefficients.input_scale[i], table.timesteps[i])
         noise = draws[i] if i < table.noise_draws else None
-        x, history = step(table, x, prediction, torch.full((len(x),), i), history, noise)
+        x, history = step(table.coefficients, x, prediction, torch.full((len(x),), i), history, noise)
     return x
 
 
@@ -102,12 +102,14 @@ def test_rows_may_be_at_different_steps(name: str) -> None:
     """A row's result does not depend on where the rows beside it are."""
     table = make_table(name, ScheduleConfig.from_dict(SCHEDULER), 12)
     x, prediction, noise = torch.randn(3, 3, 4, 4, 4).unbind(0)
-    history = torch.randn(table.state.shape[-1] - 1, 3, 4, 4, 4)
+    history = torch.randn(table.coefficients.state.shape[-1] - 1, 3, 4, 4, 4)
     position = torch.tensor([0, 5, 11])
-    together, kept = step(table, x, prediction, position, history, noise)
+    together, kept = step(table.coefficients, x, prediction, position, history, noise)
     for row in range(3):
         rows = slice(row, row + 1)
-        alone, kept_alone = step(table, x[rows], prediction[rows], position[rows], history[:, rows], noise[rows])
+        alone, kept_alone = step(
+            table.coefficients, x[rows], prediction[rows], position[rows], history[:, rows], noise[rows]
+        )
         torch.testing.assert_close(together[rows], alone, rtol=1e-6, atol=1e-6)
         torch.testing.assert_close(kept[:, rows], kept_alone, rtol=1e-6, atol=1e-6)
 

@@ -1,0 +1,27 @@
+"""Where a kernel of ours beats torch's own: the committed table that chooses between the two.
+
+Products and self-attention have well-tuned competitors (cuBLAS, SDPA), so ours serve only where ``make bench-gpu``
+found them faster; ``python -m benchmarks.choose`` turns its result file into this table.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+
+import torch
+from torch import Tensor
+
+# Op, compute capability (90 is Hopper), and the widths that win: head dims of attention, input channels of products.
+# Not measured yet, so torch's own serves everywhere.
+FASTER: dict[tuple[str, int], frozenset[int]] = {}
+
+
+def is_faster(op: str, x: Tensor, width: int) -> bool:
+    """Whether our kernel is the faster one on the device of ``x``; on a CPU it never is."""
+    return x.is_cuda and width in FASTER.get((op, _capability(x.device)), frozenset())
+
+
+@cache
+def _capability(device: torch.device) -> int:
+    major, minor = torch.cuda.get_device_capability(device)
+    return 10 * major + minor

@@ -1,0 +1,73 @@
+"""Self-attention: the kernel in the interpreter (or on a GPU), the operator's registration, the choice."""
+
+import pytest
+import torch
+
+from engine.kernels import attention as module
+from engine.kernels.attention import attention, attention_ref, attention_triton, tile
+from engine.kernels.choice import FASTER, is_faster
+from tests.kernels.accuracy import assert_as_accurate
+
+_DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+
+
+def _inputs(B: int, N: int, S: int, C: int, dtype: torch.dtype) -> list[torch.Tensor]:
+    torch.manual_seed(0)
+    return [torch.randn(B, n, C, device=_DEVICE).to(dtype) for n in (N, S, S)]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize(
+    "shape",
+    [(2, 70, 70, 2, 40), (1, 130, 200, 1, 80), (1, 33, 65, 2, 160), (1, 20, 64, 3, 16), (1, 9, 5, 1, 33)],
+    ids=str,
+)
+def test_kernel(shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    B, N, S, H, D = shape
+    q, k, v = _inputs(B, N, S, H * D, dtype)
+    q = 2 * q
+    exact = attention_ref(q.double(), k.double(), v.double(), H)
+    assert_as_accurate(attention_triton(q, k, v, H), attention_ref(q, k, v, H), exact)
+
+
+def test_parts_of_one_projection() -> None:
+    (qkv, *_) = _inputs(2, 40, 40, 3 * 80, torch.float32)
+    parts = qkv.chunk(3, dim=-1)
+    expected = attention_triton(*(x.contiguous() for x in parts), 2)
+    assert torch.equal(attention_triton(*parts, 2), expected)
+
+
+def test_large_scores_do_not_overflow() -> None:
+    q, k, v = _inputs(1, 20, 100, 40, torch.float16)
+    assert torch.isfinite(attention_triton(100 * q, 100 * k, v, 1)).all()
+
+
+@pytest.mark.parametrize(("head_dim", "parts"), [(16, (16, 0)), (40, (32, 16)), (80, (64, 16)), (160, (128, 32))])
+def test_head_dims_are_padded_little(head_dim: int, parts: tuple[int, int]) -> None:
+    constants = tile(head_dim, torch.float16)
+    assert (constants["D_LOW"], constants["D_HIGH"]) == parts
+
+
+def test_bad_inputs_are_refused() -> None:
+    q, k, v = _inputs(2, 4, 4, 8, torch.float32)
+    with pytest.raises(ValueError, match="channels must be 3 heads of at most 256, got 8"):
+        attention_triton(q, k, v, 3)
+    with pytest.raises(ValueError, match=r"k must be \(B, N, C\) with rows evenly apart"):
+        attention_triton(q, k.transpose(1, 2), v, 1)
+    assert attention_triton(q[:0], k[:0], v[:0], 1).shape == (0, 4, 8)
+
+
+def test_operator() -> None:
+    q, k, v = _inputs(2, 6, 5, 8, torch.float32)
+    torch.library.opcheck(torch.ops.twinstream.attention.default, (q, k, v, 2))
+
+
+def test_only_what_was_measured_to_be_faster_serves(monkeypatch: pytest.MonkeyPatch) -> None:
+    q, k, v = _inputs(1, 6, 6, 40, torch.float32)
+    assert not is_faster("attention", q.cpu(), 40)
+    assert torch.equal(attention(q, k, v, 1), attention_ref(q, k, v, 1)) or FASTER
+    monkeypatch.setattr(module, "is_faster", lambda op, x, width: (op, width) == ("attention", 40))
+    calls = []
+    monkeypatch.setattr(torch.ops.twinstream, "attention", lambda *inputs: calls.append(inputs))
+    attention(q, k, v, 1)
+    assert len(calls) == 1
