@@ -1,11 +1,11 @@
-# make demo | test | check | bench | clean: each sets up .venv by itself.
+# make demo | test | check | bench | bench-gpu | clean: each sets up .venv by itself.
 
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 CONCEPTS := engine/assets/concepts
 
-.PHONY: demo test test-slow sanitize check bench clean
+.PHONY: demo test test-slow sanitize check bench bench-gpu clean
 
 $(BIN)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -46,6 +46,10 @@ check: $(BIN)/.installed
 
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.run
+
+bench-gpu: $(BIN)/.installed
+	$(BIN)/python -m benchmarks.run --gpu
+	$(BIN)/python -m benchmarks.profile_step
 
 clean:
 	rm -rf .venv build dist *.egg-info $(OUT) .pytest_cache .ruff_cache .benchmarks

@@ -20,6 +20,8 @@ _FLAGS = [
     "-fno-math-errno",
     "-Wall",
     "-Wextra",
+    "-Wno-uninitialized",  # GCC 12 warns of its own AVX-512 headers
+    "-Wno-maybe-uninitialized",
 ]
 _AVX2 = ["-mavx2", "-mfma"]
 _AVX512 = [*_AVX2, "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mprefer-vector-width=512"]

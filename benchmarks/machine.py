@@ -32,6 +32,20 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "diffusers")},
         "commit": _git("rev-parse", "HEAD") + ("+changes" if changed else ""),
         "date": datetime.date.today().isoformat(),
+        **(_gpu(device) if device.startswith("cuda") else {}),
+    }
+
+
+def _gpu(device: str) -> dict[str, Any]:
+    """What else a GPU's numbers depend on: its architecture, driver and clocks, and the CUDA and Triton in use."""
+    major, minor = torch.cuda.get_device_capability(device)
+    query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.sm,power.limit", "--format=csv,noheader"]
+    smi = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+    return {
+        "compute_capability": 10 * major + minor,
+        "cuda": torch.version.cuda,
+        "triton": metadata.version("triton"),
+        **dict(zip(("driver", "max_clock", "clock", "power_limit"), smi, strict=True)),
     }
 
 

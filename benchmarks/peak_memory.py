@@ -11,12 +11,14 @@ from pathlib import Path
 
 import torch
 
-from benchmarks import systems
+from benchmarks.peers import diffusers_eager
+from benchmarks.systems import twinstream
 
 
 def main() -> None:
     system, folder, dtype, case = sys.argv[1:]
-    run = getattr(systems, system)(Path(folder), getattr(torch, dtype)).cases[case]
+    make = {"twinstream": twinstream, "diffusers_eager": diffusers_eager}[system]
+    run = make(Path(folder), getattr(torch, dtype)).cases[case]
     with torch.no_grad():
         for _ in range(2):
             run()

@@ -16,59 +16,96 @@ from benchmarks.machine import RESULTS
 from benchmarks.tinyworld.evaluate import interval
 
 README = Path(__file__).parent.parent / "README.md"
+_GPU_TARGETS: dict[str, tuple[float, ...]] = {  # floor, must and goal, where there are any
+    "guided_step": (2.03, 5.3, 3.7),
+    "infusion_parallel_1": (3.98, 10.0, 6.8),
+    "infusion_shared": (2.96, 7.8, 5.1),
+    "infusion_parallel_8_per_concept": (2.21, 5.6, 3.8),
+    "dci_average": (2.34, 6.1, 4.15),
+    "vae_decode": (3.2, 8.0, 5.5),
+    "generate_50": (0.0, 0.0, 0.0),
+    "cold_start": (0.0, 0.0, 0.0),
+    "concept_switch": (0.0, 0.0, 0.0),
+}
+Rows = dict[tuple[str, str, int], dict[str, dict[str, Any]]]  # records by case, dtype and rows, and by system
 _SECTION = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
 
 
 def tables() -> str:
     """Markdown of every result file, newest first within a machine."""
     parts = []
-    for path in sorted(RESULTS.glob("*.json")):
-        result = json.loads(path.read_text())
+    results = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
+    for path, result in results.items():
         kinds = {"records": _speed, "results": _quality, "infusion": _infusion, "dci": _dci}
         parts.append(next(show(path, result) for name, show in kinds.items() if name in result))
-    return "\n".join(parts) or "Not measured.\n"
+    return "\n".join([gpu_targets([result for result in results.values() if "records" in result]), *parts])
+
+
+def gpu_targets(results: list[dict[str, Any]]) -> str:
+    """What a GPU is to reach, and what one has, in the newest file that has it."""
+    measured: dict[str, float] = {}
+    for result in results:
+        if result["machine"].get("device", "cpu") != "cpu":
+            for record in result["records"]:
+                if record["system"] == "twinstream" and record["dtype"] == "float16":
+                    measured.setdefault(record["case"], record["median_ms"])
+    lines = [
+        "On an H200, float16, 512x512, in ms; floors from the machine's products and copies. `make bench-gpu` measures "
+        "all of it, and the rest of the suite, in under nine minutes.\n",
+        "| case | floor | must | goal | measured |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for case, targets in _GPU_TARGETS.items():
+        found = f"{measured[case]:.2f}" if case in measured else "not measured"
+        lines.append(f"| {case} | {' | '.join(f'{one:g}' if one else '' for one in targets)} | {found} |")
+    return "\n".join(lines) + "\n"
 
 
 def _speed(path: Path, result: dict[str, Any]) -> str:
     about = result["machine"]
-    rows: dict[tuple[str, str], dict[str, dict[str, Any]]] = {}
+    rows: Rows = {}
     for record in result["records"]:
-        rows.setdefault((record["case"], record["dtype"]), {})[record["system"]] = record
+        rows.setdefault((record["case"], record["dtype"], record["rows"]), {})[record["system"]] = record
+    is_gpu = about.get("device", "cpu") != "cpu"
+    where = about["device"] if is_gpu else f"{about['cpu']} ({about['cpu_flags']}), {about['threads']} threads"
     lines = [
-        f"{about['cpu']} ({about['cpu_flags']}), {about['threads']} threads, torch {about['versions']['torch']}, "
+        f"{where}, torch {about['versions']['torch']}, "
         f"diffusers {about['versions']['diffusers']}, commit {about['commit'][:9]} "
         f"([{path.name}](benchmarks/results/{path.name})); median ms (p10 to p90), "
         "relative error against diffusers in float32, peak memory of a process of its own; diffusers eager, and "
         "through torch.compile (inductor):\n",
-        "| case | dtype | twinstream | diffusers | ratio | torch.compile | error (diffusers') | GB (diffusers') |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| case | dtype | rows | twinstream | diffusers | ratio | torch.compile | error (diffusers') "
+        "| GB (diffusers') |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
-    for (case, dtype), systems in rows.items():
-        if "diffusers_eager" not in systems:
+    for (case, dtype, n_rows), systems in rows.items():
+        if "diffusers_eager" not in systems or "twinstream" not in systems:
             continue
         ours, theirs, compiled = systems["twinstream"], systems["diffusers_eager"], systems.get("diffusers_compile")
         ratio = theirs["median_ms"] / ours["median_ms"]
         memory = [record["peak_memory_bytes"] for record in (ours, theirs)]
         memory = "" if None in memory else f"{memory[0] / 1e9:.1f} ({memory[1] / 1e9:.1f})"
+        errors = [record["rel_error"] for record in (ours, theirs)]
+        error = "" if None in errors else f"{errors[0]:.1e} ({errors[1]:.1e})"
         lines.append(
-            f"| {case} | {dtype} | {_time(ours)} | {_time(theirs)} | {ratio:.2f}x | "
-            f"{_time(compiled) if compiled else ''} | {ours['rel_error']:.1e} ({theirs['rel_error']:.1e}) | {memory} |"
+            f"| {case} | {dtype} | {n_rows} | {_time(ours)} | {_time(theirs)} | {ratio:.2f}x | "
+            f"{_time(compiled) if compiled else ''} | {error} | {memory} |"
         )
     return "\n".join(lines) + "\n" + _ops(rows)
 
 
-def _ops(rows: dict[tuple[str, str], dict[str, dict[str, Any]]]) -> str:
+def _ops(rows: Rows) -> str:
     """Single ops: what they reach, and which share that is of the machine's fastest product or copy."""
     lines = [
-        "\nSingle ops, two rows at SD v1.5's sizes, beside the machine's ceilings in the same run (a large matrix "
-        "product, a copy):\n",
+        "\nSingle ops, two rows at SD v1.5's sizes, beside the machine's ceilings in the same run (a large product, "
+        "a copy):\n",
         "| op | dtype | twinstream | eager torch | ratio | reached | share of ceiling | error (torch's) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     found = [(key, systems) for key, systems in rows.items() if "torch_eager" in systems]
-    for (case, dtype), systems in found:
+    for (case, dtype, _), systems in found:
         ours, theirs = systems["twinstream"], systems["torch_eager"]
-        ceiling = rows[("product" if "flops" in ours else "copy", dtype)]["ceiling"]
+        ceiling = rows["product" if "flops" in ours else "copy", dtype, 1]["ceiling"]
         (rate, unit), (most, _) = _rate(ours), _rate(ceiling)
         lines.append(
             f"| {case} | {dtype} | {_time(ours)} | {_time(theirs)} | {theirs['median_ms'] / ours['median_ms']:.2f}x | "

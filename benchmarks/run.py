@@ -1,6 +1,7 @@
-"""Run the benchmarks and keep their records: ``python -m benchmarks.run [--slow]``.
+"""Run the benchmarks and keep their records: ``python -m benchmarks.run [--slow | --gpu]``.
 
-Writes ``benchmarks/results/<machine>-<date>.json``, or with ``--slow`` ``<machine>-full-size-<date>.json``;
+Writes ``benchmarks/results/<machine>-<date>.json`` (with ``--slow`` ``<machine>-full-size-<date>.json``) after every
+group of cases; what is there from the same commit and day is not run again, so a run that was stopped goes on.
 ``python -m benchmarks.report`` turns the files into the README's tables.
 """
 
@@ -12,51 +13,114 @@ import re
 import subprocess
 import sys
 import tempfile
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
+
+import torch
 
 from benchmarks.machine import RESULTS, machine, write_result
 from benchmarks.systems import FULL_SIZE
 
 
+@dataclass(frozen=True, slots=True)
+class Group:
+    """Cases that are run by one process: pytest's arguments, and after how long it is stopped."""
+
+    name: str
+    arguments: tuple[str, ...]
+    limit_s: int | None = None
+
+
+_GPU = "benchmarks/test_gpu.py"
+_GROUPS = {
+    "cpu": (
+        Group("speed", ("benchmarks/test_speed.py", "-m", "not slow")),
+        Group("ops", ("benchmarks/test_ops.py",)),
+    ),
+    "slow": (Group("full_size", ("benchmarks/test_speed.py", "-m", "slow")),),
+    "gpu": (  # under nine minutes in all, with the profile
+        Group("kernels", (_GPU, "-k", "test_kernels"), 100),
+        Group("steps", (_GPU, "-k", "test_steps"), 110),
+        Group("pictures", (_GPU, "-k", "test_pictures"), 80),
+        Group("start", (_GPU, "-k", "test_start"), 50),
+        Group("compiled", (_GPU, "-k", "test_compiled"), 150),
+    ),
+}
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--slow", action="store_true", help="full-size random weights instead: 20 minutes, 20 GB")
+    which = parser.add_mutually_exclusive_group()
+    which.add_argument("--slow", action="store_true", help="full-size random weights on the CPU: 20 minutes, 20 GB")
+    which.add_argument("--gpu", action="store_true", help="full-size random weights on the GPU: 9 minutes")
+    parser.add_argument("--groups", nargs="*", help="only these groups, again if they are there")
     arguments = parser.parse_args()
-    with tempfile.TemporaryDirectory() as folder:
-        raw = Path(folder) / "raw.json"
-        options = [f"--benchmark-json={raw}", "-q", "-m", "slow" if arguments.slow else "not slow"]
-        command = [sys.executable, "-m", "pytest", "benchmarks/test_speed.py", "benchmarks/test_ops.py", *options]
-        # a process of its own, whose models are gone when memory is measured
-        status = subprocess.run(command, check=False).returncode
-        if not raw.exists() or not raw.stat().st_size:
-            return status or 1
-        benchmarks = json.loads(raw.read_text())["benchmarks"]
-    records = [record for item in benchmarks for record in item["extra_info"]["records"]]
-    about = machine()
-    name = re.sub(r"[^a-z0-9]+", "-", f"{about['cpu']}-{about['cpu_flags']}".lower()).strip("-")
-    size = "full-size-" if arguments.slow else ""
-    path = RESULTS / f"{name}-{size}{about['date']}.json"
-    for record in records:
-        record["peak_memory_bytes"] = None
-    write_result(path, about, {"records": records})  # kept, should measuring memory fail
-    for record in records:
-        record["peak_memory_bytes"] = _peak(record)
-    write_result(path, about, {"records": records})
+    kind = "gpu" if arguments.gpu else "slow" if arguments.slow else "cpu"
+    groups = {group.name: group for group in _GROUPS[kind]}
+    if unknown := set(arguments.groups or ()) - groups.keys():
+        parser.error(f"groups must be among {', '.join(groups)}, got {', '.join(sorted(unknown))}")
+    if kind == "gpu" and not torch.cuda.is_available():
+        print("the GPU suite needs a CUDA device, and torch sees none: nothing was measured", file=sys.stderr)
+        return 1
+    about = machine("cuda" if kind == "gpu" else "cpu")
+    path = RESULTS / f"{slug(about)}-{'full-size-' if kind == 'slow' else ''}{about['date']}.json"
+    kept = _done(path, about)
+    finished, status = set(kept), 0
+    for group in groups.values():
+        if group.name in (arguments.groups or set(groups) - finished):
+            kept[group.name], passed = _run(group)
+            status |= not passed
+            finished = finished | {group.name} if passed else finished - {group.name}
+            if kind == "slow":
+                _add_peaks(kept[group.name])
+            records = [record for each in kept.values() for record in each]
+            write_result(path, about, {"groups": sorted(finished), "records": records})
     print(path)
     return status
 
 
-def _peak(record: dict[str, Any]) -> int | None:
-    """Peak memory of a process of its own, for guided steps and decoding at full size."""
-    case = record["case"].removesuffix("_full_size")
-    is_measured = case in ("guided_step", "vae_decode") and record["system"] in ("twinstream", "diffusers_eager")
-    if case == record["case"] or not is_measured:
-        return None
-    command = ["-m", "benchmarks.peak_memory", record["system"], str(FULL_SIZE), record["dtype"], case]
-    return int(
-        subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True).stdout.split()[-1]
-    )
+def _run(group: Group) -> tuple[list[dict[str, Any]], bool]:
+    """A group's records, and whether all of it passed; in a process of its own, whose models are gone afterwards."""
+    with tempfile.TemporaryDirectory() as folder:
+        kept = Path(folder) / "records"
+        kept.touch()
+        command = [sys.executable, "-m", "pytest", *group.arguments, "-q", f"--records={kept}"]
+        try:
+            passed = subprocess.run(command, check=False, timeout=group.limit_s).returncode == 0
+        except subprocess.TimeoutExpired:
+            print(f"group {group.name} was stopped after {group.limit_s} s; the rest of it was not measured")
+            passed = False
+        records = [json.loads(line) for line in kept.read_text().splitlines()]
+    return [{"group": group.name, **record} for record in records], passed
+
+
+def _done(path: Path, about: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """The groups of a result file that this commit finished, with their records."""
+    if not path.exists():
+        return {}
+    found = json.loads(path.read_text())
+    if found["machine"]["commit"] != about["commit"]:
+        return {}
+    return {
+        name: [record for record in found["records"] if record["group"] == name] for name in found.get("groups", ())
+    }
+
+
+def slug(about: dict[str, Any]) -> str:
+    """A machine's name in file names."""
+    name = about["device"] if about["device"] != "cpu" else f"{about['cpu']}-{about['cpu_flags']}"
+    return re.sub(r"[^a-z0-9]+", "-", name.lower()).strip("-")
+
+
+def _add_peaks(records: list[dict[str, Any]]) -> None:
+    """Peak memory of processes of their own, for guided steps and decoding at full size."""
+    for record in records:
+        case = record["case"].removesuffix("_full_size")
+        if case in ("guided_step", "vae_decode") and record["system"] in ("twinstream", "diffusers_eager"):
+            command = ["-m", "benchmarks.peak_memory", record["system"], str(FULL_SIZE), record["dtype"], case]
+            done = subprocess.run([sys.executable, *command], capture_output=True, text=True, check=True)
+            record["peak_memory_bytes"] = int(done.stdout.split()[-1])
 
 
 if __name__ == "__main__":

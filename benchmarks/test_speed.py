@@ -12,15 +12,9 @@ from typing import Any
 import pytest
 import torch
 
-from benchmarks.systems import (
-    CONCEPT_SETS,
-    FULL_SIZE,
-    System,
-    diffusers_compile,
-    diffusers_eager,
-    full_size_folder,
-    twinstream,
-)
+from benchmarks.conftest import Keep
+from benchmarks.peers import diffusers_compile, diffusers_eager
+from benchmarks.systems import CONCEPT_SETS, FULL_SIZE, System, full_size_folder, twinstream
 from benchmarks.turns import milliseconds, take_turns
 from engine.checkpoint import EMBEDDED_MODEL
 
@@ -60,37 +54,35 @@ def _exact(model: str, case: str) -> torch.Tensor:
     return _systems(model, "float32")[1].cases[case]().double()
 
 
-def _compare(benchmark: Any, model: str, case: str, dtype: str, rounds: int, rows: int = 2) -> None:
+def _compare(benchmark: Any, keep: Keep, model: str, case: str, dtype: str, rounds: int, rows: int = 2) -> None:
     systems = [*_systems(model, dtype), *([_compiled(model, dtype)] if case in _COMPILED else [])]
     runs = {system.name: system.cases[case] for system in systems}
     with torch.no_grad():
         exact = _exact(model, case)
         errors = {name: float((run().double() - exact).norm() / exact.norm()) for name, run in runs.items()}
-        assert errors["twinstream"] <= max(_TOLERANCES[dtype], 2 * errors["diffusers_eager"])
         seconds = take_turns(benchmark, runs.pop("twinstream"), runs, rounds)
     if case.endswith(f"_{CONCEPT_SETS}"):
         case += "_per_concept"
         seconds = {name: [each / CONCEPT_SETS for each in own] for name, own in seconds.items()}
     prefix = {"case": case if model == "tinyworld" else f"{case}_full_size", "dtype": dtype, "rows": rows}
-    benchmark.extra_info["records"] = [
-        {**prefix, "system": name, **milliseconds(own), "rel_error": errors[name]} for name, own in seconds.items()
-    ]
+    keep([{**prefix, "system": n, **milliseconds(own), "rel_error": errors[n]} for n, own in seconds.items()])
+    assert errors["twinstream"] <= max(_TOLERANCES[dtype], 2 * errors["diffusers_eager"])
 
 
 @pytest.mark.parametrize("dtype", _DTYPES)
 @pytest.mark.parametrize("case", _CASES)
-def test_tinyworld(benchmark: Any, case: str, dtype: str) -> None:
-    _compare(benchmark, "tinyworld", case, dtype, rounds=50 if case != "generate_20" else 15)
+def test_tinyworld(benchmark: Any, keep: Keep, case: str, dtype: str) -> None:
+    _compare(benchmark, keep, "tinyworld", case, dtype, rounds=50 if case != "generate_20" else 15)
 
 
 @pytest.mark.parametrize("dtype", _DTYPES)
 @pytest.mark.parametrize("case", _METHOD_ROWS)
-def test_tinyworld_methods(benchmark: Any, case: str, dtype: str) -> None:
-    _compare(benchmark, "tinyworld", case, dtype, rounds=30, rows=_METHOD_ROWS[case])
+def test_tinyworld_methods(benchmark: Any, keep: Keep, case: str, dtype: str) -> None:
+    _compare(benchmark, keep, "tinyworld", case, dtype, rounds=30, rows=_METHOD_ROWS[case])
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("dtype", _DTYPES)
 @pytest.mark.parametrize("case", [*_CASES[:2], "dci_mixing_step"])
-def test_full_size(benchmark: Any, case: str, dtype: str) -> None:
-    _compare(benchmark, "full_size", case, dtype, rounds=3, rows=_METHOD_ROWS.get(case, 2))
+def test_full_size(benchmark: Any, keep: Keep, case: str, dtype: str) -> None:
+    _compare(benchmark, keep, "full_size", case, dtype, rounds=3, rows=_METHOD_ROWS.get(case, 2))

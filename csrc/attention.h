@@ -109,11 +109,15 @@ struct Attention {
   }
 
   template <int C>
-  void score(const E* q, const E* keys, float* scores, int64_t j) const {
+  void score(const E* q, const E* keys, float* scores, Floats* highest, int64_t j) const {
     Floats sums[kRows][C] = {};
     accumulate(sums, q, steps, keys + j * steps * kLanes, kLanes, steps * kLanes, steps);
-    for (int r = 0; r < kRows; r++)
-      for (int c = 0; c < C; c++) store(scores + r * kBlock + (j + c) * kLanes, sums[r][c]);
+    for (int r = 0; r < kRows; r++) {
+      for (int c = 0; c < C; c++) {
+        store(scores + r * kBlock + (j + c) * kLanes, sums[r][c]);
+        highest[r] = max(highest[r], sums[r][c]);
+      }
+    }
   }
 
   template <int C>
@@ -127,10 +131,8 @@ struct Attention {
   }
 
   // exp2(scale * (scores - top)) of one row as weights, with the running maximum and sum brought up to date.
-  void weigh(const float* scores, Weight* weights, int64_t vectors, float scale, float& top, float& total,
-             float* out) const {
-    Floats highest = load(scores);
-    for (int64_t j = 1; j < vectors; j++) highest = max(highest, load(scores + j * kLanes));
+  void weigh(const float* scores, Weight* weights, int64_t vectors, Floats highest, float scale, float& top,
+             float& total, float* out) const {
     const float now = std::max(top, largest(highest));
     if (now > top) {
       const float shrink = std::exp2(scale * (top - now));
@@ -164,14 +166,20 @@ struct Attention {
     for (int64_t start = 0; start < key_vectors; start += kBlock / kLanes) {
       const int64_t vectors = std::min<int64_t>(kBlock / kLanes, key_vectors - start);
       const E* block = keys + start * steps * kLanes;
+      Floats highest[kRows];
+      std::fill(highest, highest + kRows, all(-std::numeric_limits<float>::max()));
       int64_t j = 0;
-      for (; j + kColumns <= vectors; j += kColumns) score<kColumns>(queries, block, scores, j);
-      for (; j < vectors; j++) score<1>(queries, block, scores, j);
+      for (; j + kColumns <= vectors; j += kColumns) score<kColumns>(queries, block, scores, highest, j);
+      for (; j < vectors; j++) score<1>(queries, block, scores, highest, j);
+      const int64_t known = std::min<int64_t>(vectors * kLanes, n.S - start * kLanes);
       for (int64_t r = 0; r < kRows; r++) {
         float* own = scores + r * kBlock;
-        const int64_t known = std::min<int64_t>(vectors * kLanes, n.S - start * kLanes);
-        std::fill(own + known, own + vectors * kLanes, -std::numeric_limits<float>::max());
-        weigh(own, weights + r * kBlock, vectors, scale, top[r], total[r], sums + r * row);
+        if (known < vectors * kLanes) {  // the padding's scores do not count
+          std::fill(own + known, own + vectors * kLanes, -std::numeric_limits<float>::max());
+          highest[r] = load(own);
+          for (int64_t i = 1; i < vectors; i++) highest[r] = max(highest[r], load(own + i * kLanes));
+        }
+        weigh(own, weights + r * kBlock, vectors, highest[r], scale, top[r], total[r], sums + r * row);
       }
       const E* below = values + start * kLanes / kPair * row;
       const E* w = (const E*)weights;

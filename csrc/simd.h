@@ -99,20 +99,34 @@ inline void put(T* p, Floats x, int lanes) {
   lanes == kLanes ? store(p, x) : store_some(p, x, lanes);
 }
 
-inline Floats max(Floats a, Floats b) { return a > b ? a : b; }
+inline Floats max(Floats a, Floats b) {
+#if defined(__AVX512F__)
+  return (Floats)_mm512_max_ps((__m512)a, (__m512)b);  // which GCC makes two of for its own vectors
+#else
+  return a > b ? a : b;
+#endif
+}
 
 inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
 
 inline float sum(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_add_ps((__m512)x);
+#else
   float total = 0;
   for (int i = 0; i < kLanes; i++) total += x[i];
   return total;
+#endif
 }
 
 inline float largest(Floats x) {
+#if defined(__AVX512F__)
+  return _mm512_reduce_max_ps((__m512)x);
+#else
   float top = x[0];
   for (int i = 1; i < kLanes; i++) top = x[i] > top ? x[i] : top;
   return top;
+#endif
 }
 
 // The first n lanes, the others zero.
@@ -122,14 +136,19 @@ inline Floats only(Floats x, int n) { return load_some((const float*)&x, n); }
 template <typename T>
 constexpr int kExpDegree = sizeof(T) == 4 ? 6 : 3;
 
-// 2^x for x <= 127. A magic number's addition leaves the nearest integer in the low bits; what remains, in
-// [-1/2, 1/2], goes through a minimax polynomial: relative error 7e-5 of degree 3, 1e-7 of degree 6 (float's rounding).
+// 2^x for x <= 127. What remains of x beside the nearest integer, in [-1/2, 1/2], goes through a minimax polynomial:
+// relative error 7e-5 of degree 3, 1e-7 of degree 6 (float's rounding). AVX-512 has instructions for both parts; else
+// a magic number's addition leaves the integer in the low bits.
 template <int kDegree>
 inline Floats exp2(Floats x) {
+#if defined(__AVX512F__)
+  const Floats f = (Floats)_mm512_reduce_ps((__m512)x, 0);
+#else
   const Floats magic = all(12582912.0f);
   x = max(x, all(-126.0f));
   const Floats shifted = x + magic;
   const Floats f = x - (shifted - magic);
+#endif
   Floats p;
   if constexpr (kDegree == 3) {
     p = all(5.5826318e-2f);
@@ -145,7 +164,11 @@ inline Floats exp2(Floats x) {
     p = p * f + 6.93147182e-1f;
     p = p * f + 1.0f;
   }
+#if defined(__AVX512F__)
+  return (Floats)_mm512_scalef_ps((__m512)p, (__m512)(x - f));
+#else
   return (Floats)((Ints)p + ((Ints)shifted << 23));
+#endif
 }
 
 }  // namespace twinstream

@@ -42,11 +42,12 @@ class PictureCoder:
 
     def decode(self, latents: Tensor, slicing: bool, tiling: bool) -> Tensor:
         """``AutoencoderKL.decode``; raises as ``posterior`` does."""
-        return self._run("decoder", slicing, tiling, lambda vae, sliced: (self._decode(vae, latents, sliced, tiling),))[
+        return self._run("decoder", slicing, tiling, lambda vae, sliced: (self.pixels(vae, latents, sliced, tiling),))[
             0
         ]
 
-    def _decode(self, vae: AutoencoderKL, latents: Tensor, slicing: bool, tiling: bool) -> Tensor:
+    def pixels(self, vae: AutoencoderKL, latents: Tensor, slicing: bool, tiling: bool) -> Tensor:
+        """``vae.decode`` without checks, through a graph where there are graphs and nothing is tiled."""
         if self.graphs is None or tiling or vae is not self.vae:
             return vae.decode(latents, slicing, tiling)
         graphs, name = self.graphs, f"VAE decoder, latents {latents.shape[2]}x{latents.shape[3]}"

@@ -37,21 +37,23 @@ class CudaCapture:
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
-        backends = torch.backends.cudnn
-        with (
-            torch.cuda.device(self.device),
-            backends.flags(enabled=True, benchmark=True, allow_tf32=backends.allow_tf32),
-        ):
+        cudnn: Any = torch.backends.cudnn
+        benchmark = cudnn.benchmark
+        with torch.cuda.device(self.device):
             stream = torch.cuda.Stream()
             stream.wait_stream(torch.cuda.current_stream())
-            with torch.cuda.stream(stream):
-                for _ in range(_WARM_UP_CALLS):  # compiles kernels, and lets cuDNN choose algorithms
-                    function()
-            torch.cuda.current_stream().wait_stream(stream)
-            graph = torch.cuda.CUDAGraph()
-            # other threads may allocate meanwhile
-            with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
-                results = function()
+            try:
+                cudnn.benchmark = not cudnn.deterministic  # chooses algorithms in the calls before the capture
+                with torch.cuda.stream(stream):
+                    for _ in range(_WARM_UP_CALLS):
+                        function()
+                torch.cuda.current_stream().wait_stream(stream)
+                graph = torch.cuda.CUDAGraph()
+                # other threads may allocate meanwhile
+                with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
+                    results = function()
+            finally:
+                cudnn.benchmark = benchmark
         return graph.replay, results
 
 

@@ -8,10 +8,10 @@ from functools import cache
 from pathlib import Path
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from .ops import Ops
+from .packing import PackedLinear
 
 LEVELS = ("baseline", "avx2", "avx512")
 DTYPES = (torch.float32, torch.bfloat16)
@@ -19,6 +19,7 @@ DTYPES = (torch.float32, torch.bfloat16)
 _FOLDER = Path(__file__).parent
 _ABI = 2
 _MAX_HEAD_DIM = 512
+_GATED_ROWS = 1024
 _SIGNATURES: dict[str, tuple[type, ...]] = {  # the first argument says whether tensors are bfloat16
     "attention": (c_int, *[c_void_p] * 8, c_int64),
     "dbim": (c_int, *[c_void_p] * 10, c_int),
@@ -102,6 +103,7 @@ class Kernels:
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
         self.max_keys = library.twinstream_attention_block()  # where the map's rows are used
+        self.linear = PackedLinear()
         self.no_tokens = torch.empty(0, 0, dtype=torch.int64)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
@@ -150,12 +152,12 @@ class Kernels:
         return y
 
     def residual_add(self, x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
-        """All tensors are channels-last."""
+        """Into ``x``; both pictures are channels-last."""
         is_bfloat16 = _check(x.permute(0, 2, 3, 1), residual.permute(0, 2, 3, 1), bias)
-        y, C = torch.empty_like(x, memory_format=torch.channels_last), x.shape[1]
-        pointers = (tensor.data_ptr() for tensor in (x, residual, bias, y))
+        pointers = (tensor.data_ptr() for tensor in (x, residual, bias, x))
+        C = x.shape[1]
         self.library.twinstream_residual_add(is_bfloat16, *pointers, x.numel() // C, C)
-        return y
+        return x
 
     def group_norm(self, x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
         return self._group_norm(x, None, weight, bias, groups, eps, with_silu=False)
@@ -187,12 +189,18 @@ class Kernels:
     def layer_norm_linear(
         self, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor
     ) -> Tensor:
-        return F.linear(self.layer_norm(x, norm_weight, norm_bias, eps), weight)
+        return self.linear(self.layer_norm(x, norm_weight, norm_bias, eps), weight)
 
     def layer_norm_geglu(
         self, x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor
     ) -> Tensor:
-        return self.geglu(F.linear(self.layer_norm(x, norm_weight, norm_bias, eps), weight, bias))
+        """Some rows at a time: the projection is then read from a cache, and never is so large that it is unmapped."""
+        C = x.shape[-1]
+        rows = self.layer_norm(x, norm_weight, norm_bias, eps).view(-1, C)
+        y = x.new_empty(len(rows), len(weight) // 2)
+        for some, out in zip(rows.split(_GATED_ROWS), y.split(_GATED_ROWS), strict=True):
+            self.geglu(self.linear(some, weight, bias), out)
+        return y.view(*x.shape[:-1], -1)
 
     def linear_add(
         self,
@@ -203,8 +211,8 @@ class Kernels:
         z: Tensor | None = None,
         z_weight: Tensor | None = None,
     ) -> Tensor:
-        y = F.linear(x, weight, bias).add_(residual)
-        return y if z is None or z_weight is None else y.add_(F.linear(z, z_weight))
+        y = self.linear(x, weight, bias).add_(residual)
+        return y if z is None or z_weight is None else y.add_(self.linear(z, z_weight))
 
     def layer_norm(self, x: Tensor, weight: Tensor, bias: Tensor, eps: float) -> Tensor:
         is_bfloat16 = _check(x, weight, bias)
@@ -213,10 +221,11 @@ class Kernels:
         self.library.twinstream_layer_norm(is_bfloat16, *pointers, x.numel() // C, C, eps)
         return y
 
-    def geglu(self, x: Tensor) -> Tensor:
-        is_bfloat16 = _check(x)
+    def geglu(self, x: Tensor, y: Tensor | None = None) -> Tensor:
+        """Into ``y`` (..., C), where it is given."""
         C = x.shape[-1] // 2
-        y = x.new_empty(*x.shape[:-1], C)
+        y = x.new_empty(*x.shape[:-1], C) if y is None else y
+        is_bfloat16 = _check(x, y)
         self.library.twinstream_geglu(is_bfloat16, x.data_ptr(), y.data_ptr(), y.numel() // C, C)
         return y
 

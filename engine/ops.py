@@ -20,7 +20,7 @@ from .kernels.residual_apply import residual_apply, residual_apply_ref
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """Functions with the signatures of the eager references in ``kernels/``."""
+    """Functions with the signatures of the eager references in ``kernels/``; ``residual_add`` may use up its ``x``."""
 
     name: str
     attention: Callable[[Tensor, Tensor, Tensor, int], Tensor]

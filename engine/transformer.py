@@ -210,10 +210,9 @@ class Transformer2DModel(nn.Module):
             tokens = block(tokens, condition)
         tokens = last.attend(tokens, condition)
         residual = condition.to_rows(x).permute(0, 2, 3, 1).reshape(tokens.shape)
-        weight = self.proj_out.weight[:, :, 0, 0]
         if self._composed is None:
-            out = self.ops.linear_add(last.ff(tokens, last.norm3), weight, self.proj_out.bias, residual)
+            out = residual + self.proj_out(last.ff(tokens, last.norm3))
         else:
-            inner, bias = self._composed
-            out = self.ops.linear_add(last.ff.hidden(tokens, last.norm3), inner, bias, residual, tokens, weight)
+            (inner, bias), outer = self._composed, self.proj_out.weight[:, :, 0, 0]
+            out = self.ops.linear_add(last.ff.hidden(tokens, last.norm3), inner, bias, residual, tokens, outer)
         return out.unflatten(1, (height, width)).permute(0, 3, 1, 2)

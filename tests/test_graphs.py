@@ -14,12 +14,12 @@ import torch
 from torch.fx.experimental.proxy_tensor import make_fx
 
 import engine
+from benchmarks.systems import default_request
 from engine.denoise import State, guided_step, make_phase
 from engine.engine import Engine
 from engine.graphs import Graphs, run_eagerly, signature
 from engine.rows import make_plans
 from engine.samplers import make_table
-from benchmarks.systems import default_request
 
 
 def _trace(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:

@@ -14,9 +14,10 @@ import engine
 from engine import native
 from engine.kernels.cross_attention import cross_attention_ref
 from engine.kernels.geglu import geglu_ref
+from engine.layers import PointwiseConv2d
 from engine.native import DTYPES, LEVELS, Kernels, levels, native_kernels, native_ops
 from engine.ops import TORCH, Ops
-from engine.packing import pack_convolutions
+from engine.packing import PackedLinear, pack_convolutions
 from tests.kernels.accuracy import assert_as_accurate
 from tests.kernels.test_dbim import _PRESETS
 from tests.kernels.test_dbim import _inputs as dbim_inputs
@@ -290,3 +291,41 @@ def test_packed_convolutions_follow_their_weights(dtype: torch.dtype) -> None:
             exact = copy.deepcopy(plain).double()(x.double())
             assert_as_accurate(model(x), plain(x), exact)
     assert torch.equal(copy.deepcopy(model)(few), model(few))
+
+
+def test_packed_linears_follow_their_weights(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.packing._FEW_PRODUCTS", 0)
+    torch.manual_seed(0)
+    linear, x = PackedLinear(), torch.randn(2, 9, 33).to(dtype)
+    weight, bias = torch.nn.Parameter(torch.randn(24, 33).to(dtype), requires_grad=False), torch.randn(24).to(dtype)
+    for factor in (None, 2, None):
+        if factor is not None:
+            weight.mul_(factor)
+        exact = torch.nn.functional.linear(x.double(), weight.double(), bias.double())
+        assert_as_accurate(linear(x, weight, bias), torch.nn.functional.linear(x, weight, bias), exact)
+    assert len(linear._packed) == 1
+    del weight
+    assert len(linear._packed) == 0  # nor is what was packed kept longer than the weight
+
+
+def test_packed_pointwise_convolutions(dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    model = torch.nn.Sequential(PointwiseConv2d(33, 24)).to(dtype).requires_grad_(False)
+    x, exact = torch.randn(2, 9, 33).to(dtype), copy.deepcopy(model).double()
+    plain, state = model(x), model.state_dict()
+    pack_convolutions(model)
+    assert type(model[0]).__name__ == "PackedPointwiseConv2d"
+    assert model.state_dict().keys() == state.keys()
+    for one in (model, copy.deepcopy(model)):
+        assert_as_accurate(one(x), plain, exact(x.double()))
+
+
+def test_without_packed_layouts_plain_weights_serve(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("engine.packing.can_pack", lambda _dtype: False)
+    torch.manual_seed(0)
+    model, x = torch.nn.Sequential(torch.nn.Conv2d(8, 24, 3, padding=1)).to(dtype), torch.randn(1, 8, 4, 4).to(dtype)
+    expected = model.requires_grad_(False)(x)
+    pack_convolutions(model)
+    assert torch.equal(model(x), expected)
+    rows, weight = torch.randn(3, 8).to(dtype), torch.randn(5, 8).to(dtype)
+    assert torch.equal(PackedLinear()(rows, weight), torch.nn.functional.linear(rows, weight))

@@ -6,6 +6,7 @@ from pathlib import Path
 import pytest
 
 from benchmarks import report
+from benchmarks.choose import faster
 
 
 def test_readme_is_current() -> None:
@@ -15,7 +16,7 @@ def test_readme_is_current() -> None:
 
 def test_tables_follow_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert report.tables() == "Not measured.\n"
+    assert "| guided_step | 2.03 | 5.3 | 3.7 | not measured |" in report.tables()
     about = {
         "cpu": "Some CPU",
         "cpu_flags": "AVX2",
@@ -30,13 +31,41 @@ def test_tables_follow_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch
         record | {"system": "diffusers_eager", "median_ms": 6.0},
         record | {"case": "geglu", "system": "twinstream", "median_ms": 1.0, "bytes": 5e6},
         record | {"case": "geglu", "system": "torch_eager", "median_ms": 2.0, "bytes": 5e6},
-        record | {"case": "copy", "system": "ceiling", "median_ms": 1.0, "bytes": 2e7},
+        record | {"case": "copy", "rows": 1, "system": "ceiling", "median_ms": 1.0, "bytes": 2e7},
     ]
     (tmp_path / "a.json").write_text(json.dumps({"machine": about, "records": records}))
     tables = report.tables()
     assert (
-        "| guided_step | float32 | 4.0 (1.0 to 9.0) | 6.0 (1.0 to 9.0) | 1.50x |  | 1.0e-07 (1.0e-07) | 2.0 (2.0) |"
+        "| guided_step | float32 | 2 | 4.0 (1.0 to 9.0) | 6.0 (1.0 to 9.0) | 1.50x |  | 1.0e-07 (1.0e-07) | 2.0 (2.0) |"
         in tables
     )
     assert "| geglu | float32 | 1.0 (1.0 to 9.0) | 2.0 (1.0 to 9.0) | 2.00x | 5 GB/s | 25 % of 20 | 1.0e-07" in tables
     assert "commit 012345678 " in tables
+
+
+def test_gpu_figures_come_from_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    about = {"device": "Some GPU", "commit": "0123456789abcdef", "versions": {"torch": "2.13.0", "diffusers": "0.42.1"}}
+    record = {"dtype": "float16", "p10_ms": 1.0, "p90_ms": 9.0, "rel_error": 1e-3, "peak_memory_bytes": None}
+    records = [
+        record | {"case": "guided_step", "rows": rows, "system": system, "median_ms": time}
+        for rows in (2, 8)
+        for system, time in (("twinstream", 4.5 * rows / 2), ("diffusers_eager", 9.0 * rows / 2))
+    ]
+    records.append(
+        record | {"case": "cold_start", "rows": 2, "system": "twinstream", "median_ms": 1.0, "rel_error": None}
+    )
+    (tmp_path / "gpu.json").write_text(json.dumps({"machine": about, "records": records}))
+    tables = report.tables()
+    assert "| guided_step | 2.03 | 5.3 | 3.7 | 4.50 |" in tables
+    assert "| vae_decode | 3.2 | 8 | 5.5 | not measured |" in tables
+    assert "Some GPU, torch 2.13.0" in tables
+    assert "| guided_step | float16 | 8 | 18.0 (1.0 to 9.0) | 36.0 (1.0 to 9.0) | 2.00x |" in tables
+
+
+def test_the_choice_between_kernels() -> None:
+    record = {"op": "attention", "width": 40, "median_ms": 1.0, "p90_ms": 1.1}
+    slower = record | {"width": 80, "p90_ms": 2.5}
+    records = [record | {"system": "twinstream"}, record | {"system": "torch_eager", "median_ms": 2.0}]
+    records += [slower | {"system": "twinstream"}, slower | {"system": "torch_eager", "median_ms": 2.0}]
+    assert faster([*records, {"case": "product", "system": "ceiling"}]) == {"attention": [40]}

@@ -1,0 +1,93 @@
+"""The GPU suite is ready: it runs from end to end on the embedded model, and its groups are what the runner runs."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+from benchmarks import run
+from benchmarks.run import _GROUPS, Group
+
+_CASES = {  # what the suite promises, by the system's name
+    "twinstream": {
+        "guided_step",
+        "infusion_parallel_1",
+        "infusion_shared",
+        "infusion_parallel_8_per_concept",
+        "dci_average",
+        "vae_decode",
+        "cold_start",
+        "concept_switch",
+    },
+    "diffusers_eager": {"guided_step", "infusion_parallel_1", "dci_average", "vae_decode", "cold_start"},
+}
+
+
+def test_every_case_runs(tmp_path: Path) -> None:
+    kept = tmp_path / "records"
+    chosen = (
+        "(test_steps and not guided) or (guided and 1) or decoded or another or test_start or copy or residual_add_1280"
+    )
+    command = [
+        sys.executable,
+        "-m",
+        "pytest",
+        "benchmarks/test_gpu.py",
+        "-q",
+        "--try-out",
+        f"--records={kept}",
+        "-k",
+        chosen,
+    ]
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    done = subprocess.run(command, capture_output=True, text=True, check=False, env=environment)
+    assert done.returncode == 0, done.stdout[-3000:]
+    records = [json.loads(line) for line in kept.read_text().splitlines()]
+    fields = {"case", "system", "dtype", "rows", "median_ms", "p10_ms", "p90_ms", "rel_error", "peak_memory_bytes"}
+    assert all(fields <= record.keys() for record in records)
+    for system, cases in _CASES.items():
+        assert cases <= {record["case"] for record in records if record["system"] == system}
+
+
+def test_groups_are_all_of_the_suite_and_take_nine_minutes() -> None:
+    source = (Path(run.__file__).parent / "test_gpu.py").read_text()
+    tests = [line.split("(")[0].removeprefix("def ") for line in source.splitlines() if line.startswith("def test_")]
+    prefixes = [group.arguments[-1] for group in _GROUPS["gpu"]]
+    assert all(sum(test.startswith(prefix) for prefix in prefixes) == 1 for test in tests)
+    assert sum(group.limit_s or 0 for group in _GROUPS["gpu"]) <= 500  # and 40 for the profile
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_without_a_gpu_it_says_so(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setattr(sys, "argv", ["run", "--gpu"])
+    assert run.main() == 1
+    assert "needs a CUDA device, and torch sees none: nothing was measured" in capsys.readouterr().err
+
+
+def test_a_run_goes_on_where_it_stopped(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    about = {"device": "cpu", "cpu": "Some CPU", "cpu_flags": "X", "date": "2026-01-01", "commit": "abc"}
+    monkeypatch.setattr(run, "machine", lambda _device: dict(about))
+    monkeypatch.setattr(run, "RESULTS", tmp_path)
+    monkeypatch.setattr(run, "_GROUPS", {"cpu": (Group("a", ()), Group("b", ()))})
+    monkeypatch.setattr(sys, "argv", ["run"])
+    ran: list[str] = []
+
+    def record(group: Group) -> tuple[list[dict], bool]:
+        ran.append(group.name)
+        return [{"group": group.name, "case": f"{group.name}{len(ran)}"}], group.name == "a" or len(ran) > 2
+
+    monkeypatch.setattr(run, "_run", record)
+    assert run.main() == 1  # b fails, and what it measured is kept
+    path = tmp_path / "some-cpu-x-2026-01-01.json"
+    found = json.loads(path.read_text())
+    assert (found["groups"], [one["case"] for one in found["records"]]) == (["a"], ["a1", "b2"])
+    assert run.main() == 0
+    found = json.loads(path.read_text())
+    assert (ran, [one["case"] for one in found["records"]]) == (["a", "b", "b"], ["a1", "b3"])
+    about["commit"] = "def"
+    run.main()
+    assert ran == ["a", "b", "b", "a", "b"]  # another commit begins anew
