@@ -44,8 +44,7 @@ class PackedLinear:
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``F.linear`` of a contiguous ``x``; a pointwise convolution's weight is one too."""
-        is_small = x.dtype == torch.float32 and x.numel() * len(weight) < _FEW_PRODUCTS
-        if is_small or not can_pack(x.dtype):
+        if not can_pack(x.dtype) or not _is_worth_packing(x.numel() // x.shape[-1], weight):
             return F.linear(x, weight.flatten(1), bias)
         version, packed = self._packed.get(weight, (None, None))
         if version != _version(weight):
@@ -99,6 +98,17 @@ class PackedPointwiseConv2d(nn.Module):
 
     def __getstate__(self) -> dict[str, Any]:
         return self.__dict__ | {"linear": PackedLinear()}
+
+
+def _is_worth_packing(rows: int, weight: Tensor) -> bool:
+    """Whether a packed linear layer gains enough: in float32, which takes twice the memory, not all of them do.
+
+    Those of few products are faster in MKL; at few rows, those to no more channels than they have gain least.
+    """
+    n_out, n_in = weight.shape[:2]
+    if weight.dtype == torch.bfloat16:
+        return True
+    return rows * n_out * n_in >= _FEW_PRODUCTS and (rows > _FEW_POSITIONS or n_out > n_in)
 
 
 def _version(weight: Tensor) -> int:

@@ -17,7 +17,7 @@ from engine.kernels.geglu import geglu_ref
 from engine.layers import PointwiseConv2d
 from engine.native import DTYPES, LEVELS, Kernels, levels, native_kernels, native_ops
 from engine.ops import TORCH, Ops
-from engine.packing import PackedLinear, pack_convolutions
+from engine.packing import PackedLinear, _is_worth_packing, pack_convolutions
 from tests.kernels.accuracy import assert_as_accurate
 from tests.kernels.test_dbim import _PRESETS
 from tests.kernels.test_dbim import _inputs as dbim_inputs
@@ -294,7 +294,7 @@ def test_packed_convolutions_follow_their_weights(dtype: torch.dtype) -> None:
 
 
 def test_packed_linears_follow_their_weights(dtype: torch.dtype, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("engine.packing._FEW_PRODUCTS", 0)
+    monkeypatch.setattr("engine.packing._is_worth_packing", lambda _rows, _weight: True)
     torch.manual_seed(0)
     linear, x = PackedLinear(), torch.randn(2, 9, 33).to(dtype)
     weight, bias = torch.nn.Parameter(torch.randn(24, 33).to(dtype), requires_grad=False), torch.randn(24).to(dtype)
@@ -306,6 +306,15 @@ def test_packed_linears_follow_their_weights(dtype: torch.dtype, monkeypatch: py
     assert len(linear._packed) == 1
     del weight
     assert len(linear._packed) == 0  # nor is what was packed kept longer than the weight
+
+
+def test_only_what_gains_enough_is_packed() -> None:
+    wide, square = (torch.empty(n, 1280, device="meta") for n in (3840, 1280))
+    assert _is_worth_packing(512, wide)
+    assert not _is_worth_packing(512, square)
+    assert _is_worth_packing(2048, square)
+    assert not _is_worth_packing(2048, torch.empty(32, 32, device="meta"))
+    assert _is_worth_packing(1, square.to(torch.bfloat16))
 
 
 def test_packed_pointwise_convolutions(dtype: torch.dtype) -> None:
