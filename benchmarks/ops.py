@@ -10,11 +10,34 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.kernels.attention import attention_triton
+from engine.kernels.cross_attention import cross_attention_triton
+from engine.kernels.dbim import dbim_triton
+from engine.kernels.group_norm_silu import group_norm_silu_triton, group_norm_triton
+from engine.kernels.layer_norm_geglu import layer_norm_geglu_triton
+from engine.kernels.layer_norm_linear import layer_norm_linear_triton
+from engine.kernels.linear_add import linear_add_triton
+from engine.kernels.residual_add import residual_add_triton
+from engine.kernels.residual_apply import residual_apply_triton
 from engine.ops import Ops
 
 ROWS = 2
 _TEXT, _HEADS, _GATES = 77, 8, (1.0, 10.0, 10.0, 500.0)
 _SIZES = ((4096, 320), (1024, 640), (256, 1280))  # positions and channels of a stage
+
+KERNELS = Ops(  # every Triton kernel, whether or not it is chosen
+    name="kernels",
+    attention=attention_triton,
+    cross_attention=cross_attention_triton,
+    residual_apply=residual_apply_triton,
+    dbim=dbim_triton,
+    group_norm=group_norm_triton,
+    group_norm_silu=group_norm_silu_triton,
+    residual_add=residual_add_triton,
+    layer_norm_linear=layer_norm_linear_triton,
+    layer_norm_geglu=layer_norm_geglu_triton,
+    linear_add=linear_add_triton,
+)
 
 
 @dataclass(frozen=True, slots=True)

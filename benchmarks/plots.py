@@ -35,22 +35,27 @@ def dci_curves(result: dict[str, Any]) -> None:
     figure.savefig(DOCS / "dci-curves.png", dpi=110)
 
 
-def speed(results: list[dict[str, Any]]) -> None:
+def speed(results: list[dict[str, Any]], file: str) -> None:
     """How many times as fast as eager diffusers each case is, by dtype."""
     records = [record for result in results for record in result["records"]]
-    times = {(r["case"], r["dtype"], r["system"]): r["median_ms"] for r in records}
-    cases = list(dict.fromkeys(case for case, _, system in times if system == "diffusers_eager"))
+    times = {(r["case"], r["rows"], r["dtype"], r["system"]): r["median_ms"] for r in records}
+    compared = [key[:3] for key in times if key[3] == "diffusers_eager" and (*key[:3], "twinstream") in times]
+    cases = list(dict.fromkeys((case, rows) for case, rows, _ in compared))
+    dtypes = sorted({dtype for _, _, dtype in compared}, reverse=True)
     figure, axis = plt.subplots(figsize=(9, 0.42 * len(cases) + 1), layout="constrained")
-    for offset, dtype in ((-0.2, "float32"), (0.2, "bfloat16")):
-        ratios = [times[case, dtype, "diffusers_eager"] / times[case, dtype, "twinstream"] for case in cases]
-        bars = axis.barh([i + offset for i in range(len(cases))], ratios, height=0.38, label=dtype)
+    height = 0.8 / len(dtypes)
+    for i, dtype in enumerate(dtypes):
+        own = [(at, (*case, dtype)) for at, case in enumerate(cases) if (*case, dtype) in compared]
+        places = [at + (i - (len(dtypes) - 1) / 2) * height for at, _ in own]
+        ratios = [times[*key, "diffusers_eager"] / times[*key, "twinstream"] for _, key in own]
+        bars = axis.barh(places, ratios, height=0.95 * height, label=dtype)
         axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
     axis.axvline(1.0, color="black", linewidth=0.8)
-    axis.set_yticks(range(len(cases)), cases)
+    axis.set_yticks(range(len(cases)), [f"{case}, {rows} rows" for case, rows in cases])
     axis.invert_yaxis()
     axis.set_xlabel("times as fast as eager diffusers, same machine and run")
     axis.legend()
-    figure.savefig(DOCS / "speed.png", dpi=110)
+    figure.savefig(DOCS / file, dpi=110)
 
 
 def main() -> None:
@@ -58,7 +63,11 @@ def main() -> None:
     for result in results:
         if "dci" in result:
             dci_curves(result)
-    speed([result for result in results if "records" in result])
+    timed = [result for result in results if "records" in result]
+    on_gpu = [result for result in timed if result["machine"].get("device", "cpu") != "cpu"]
+    speed([result for result in timed if result not in on_gpu], "speed.png")
+    if on_gpu:
+        speed(on_gpu, "speed-gpu.png")
 
 
 if __name__ == "__main__":

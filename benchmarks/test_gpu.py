@@ -21,7 +21,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conftest import Keep
-from benchmarks.ops import ROWS, call, cases, random
+from benchmarks.ops import KERNELS, ROWS, call, cases, random
 from benchmarks.peers import diffusers_compile, diffusers_eager, diffusers_xformers
 from benchmarks.systems import (
     CONCEPT_SETS,
@@ -35,16 +35,7 @@ from benchmarks.systems import (
 from benchmarks.test_ops import relative_error
 from benchmarks.turns import milliseconds, take_turns
 from engine.checkpoint import EMBEDDED_MODEL
-from engine.kernels.attention import attention_triton
-from engine.kernels.cross_attention import cross_attention_triton
-from engine.kernels.dbim import dbim_triton
-from engine.kernels.group_norm_silu import group_norm_silu_triton, group_norm_triton
-from engine.kernels.layer_norm_geglu import layer_norm_geglu_triton
-from engine.kernels.layer_norm_linear import layer_norm_linear_triton
-from engine.kernels.linear_add import linear_add_triton
-from engine.kernels.residual_add import residual_add_triton
-from engine.kernels.residual_apply import residual_apply_triton
-from engine.ops import TORCH, Ops
+from engine.ops import TORCH
 
 _METHOD_ROWS = {
     "infusion_parallel_1": 4,
@@ -54,19 +45,6 @@ _METHOD_ROWS = {
 }
 _DCI_FRACTION = 0.2  # of the steps, over which dci_average is taken
 _CALLS = 20  # of a kernel, in one graph
-_KERNELS = Ops(
-    name="kernels",
-    attention=attention_triton,
-    cross_attention=cross_attention_triton,
-    residual_apply=residual_apply_triton,
-    dbim=dbim_triton,
-    group_norm=group_norm_triton,
-    group_norm_silu=group_norm_silu_triton,
-    residual_add=residual_add_triton,
-    layer_norm_linear=layer_norm_linear_triton,
-    layer_norm_geglu=layer_norm_geglu_triton,
-    linear_add=linear_add_triton,
-)
 _OPS = dict(cases())
 
 
@@ -196,7 +174,7 @@ def test_kernels_ceilings(benchmark: Any, keep: Keep, suite: Suite, dtype: torch
 @torch.no_grad()
 def test_kernels_of_ops(benchmark: Any, keep: Keep, suite: Suite, case: str) -> None:
     op, dtype = _OPS[case], torch.float16 if suite.device == "cuda" else torch.float32
-    kernels = _KERNELS if suite.device == "cuda" else TORCH
+    kernels = KERNELS if suite.device == "cuda" else TORCH
     arguments = [x.to(suite.device) if isinstance(x, Tensor) else x for x in op.arguments(dtype)]
     in_double = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
     exact = call(TORCH, op, in_double)()

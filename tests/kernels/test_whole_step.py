@@ -6,31 +6,10 @@ from typing import Any
 import torch
 
 import engine
-from engine.kernels.attention import attention_triton
-from engine.kernels.cross_attention import cross_attention_triton
-from engine.kernels.dbim import dbim_triton
-from engine.kernels.group_norm_silu import group_norm_silu_triton, group_norm_triton
-from engine.kernels.layer_norm_geglu import layer_norm_geglu_triton
-from engine.kernels.layer_norm_linear import layer_norm_linear_triton
-from engine.kernels.linear_add import linear_add_triton
-from engine.kernels.residual_add import residual_add_triton
-from engine.kernels.residual_apply import residual_apply_triton
-from engine.ops import TORCH, Ops
+from benchmarks.ops import KERNELS
+from engine.ops import TORCH
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-_KERNELS = Ops(
-    name="kernels",
-    attention=attention_triton,
-    cross_attention=cross_attention_triton,
-    residual_apply=residual_apply_triton,
-    dbim=dbim_triton,
-    group_norm=group_norm_triton,
-    group_norm_silu=group_norm_silu_triton,
-    residual_add=residual_add_triton,
-    layer_norm_linear=layer_norm_linear_triton,
-    layer_norm_geglu=layer_norm_geglu_triton,
-    linear_add=linear_add_triton,
-)
 
 
 def _concept(sd: engine.Engine) -> engine.Concept:
@@ -44,7 +23,7 @@ def test_every_method_in_one_batch(small_folder: Any) -> None:
     vae_attention = kernels.vae.decoder.mid_block.attentions[0]
     for module in [*kernels.unet.modules(), *kernels.vae.modules()]:
         if hasattr(module, "ops"):
-            module.ops = replace(_KERNELS, attention=TORCH.attention) if module is vae_attention else _KERNELS
+            module.ops = replace(KERNELS, attention=TORCH.attention) if module is vae_attention else KERNELS
     kernels.unet.compose()
     customization = [None, engine.Infusion([_concept(eager)]), engine.DCI("cat", "dog", fraction=1.0)]
     options = {"steps": 1, "seed": 0, "output": "numpy", "progress": False, "images_per_prompt": 3}
