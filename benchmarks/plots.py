@@ -47,7 +47,7 @@ def speed(results: list[dict[str, Any]], file: str) -> None:
     for i, dtype in enumerate(dtypes):
         own = [(at, (*case, dtype)) for at, case in enumerate(cases) if (*case, dtype) in compared]
         places = [at + (i - (len(dtypes) - 1) / 2) * height for at, _ in own]
-        ratios = [times[*key, "diffusers_eager"] / times[*key, "twinstream"] for _, key in own]
+        ratios = [times[(*key, "diffusers_eager")] / times[(*key, "twinstream")] for _, key in own]
         bars = axis.barh(places, ratios, height=0.95 * height, label=dtype)
         axis.bar_label(bars, fmt="%.2f", padding=2, fontsize=8)
     axis.axvline(1.0, color="black", linewidth=0.8)
