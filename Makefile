@@ -1,11 +1,11 @@
-# make demo | test | check | bench | bench-gpu | clean: each sets up .venv by itself.
+# make demo | test | check | bench | bench-gpu | profile | clean: each sets up .venv by itself.
 
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 CONCEPTS := engine/assets/concepts
 
-.PHONY: demo test test-slow sanitize check bench bench-gpu clean
+.PHONY: demo test test-slow sanitize check bench bench-gpu profile clean
 
 $(BIN)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -49,6 +49,8 @@ bench: $(BIN)/.installed
 
 bench-gpu: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.run --gpu
+
+profile: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.profile_step
 
 clean:

@@ -10,17 +10,20 @@ import json
 from pathlib import Path
 from typing import Any
 
+_CHOSEN = ("attention", "layer_norm_linear", "layer_norm_geglu", "linear_add")
 
-def faster(records: list[dict[str, Any]]) -> dict[str, list[int]]:
-    """By op, the widths at which ours wins."""
-    rows: dict[tuple[str, int], dict[str, dict[str, Any]]] = {}
+
+def faster(records: list[dict[str, Any]]) -> dict[str, list[tuple[int, ...]]]:
+    """By op, the sizes at which ours wins over all that would serve without it."""
+    rows: dict[tuple[str, tuple[int, ...]], dict[str, dict[str, Any]]] = {}
     for record in records:
-        if "op" in record:
-            rows.setdefault((record["op"], record["width"]), {})[record["system"]] = record
-    table: dict[str, list[int]] = {}
-    for (op, width), systems in rows.items():
-        if systems["twinstream"]["p90_ms"] < systems["torch_eager"]["median_ms"]:
-            table.setdefault(op, []).append(width)
+        if record.get("op") in _CHOSEN:
+            rows.setdefault((record["op"], tuple(record["sizes"])), {})[record["system"]] = record
+    table: dict[str, list[tuple[int, ...]]] = {}
+    for (op, sizes), systems in rows.items():
+        ours = systems.pop("twinstream")
+        if ours["p90_ms"] < min(other["median_ms"] for other in systems.values()):
+            table.setdefault(op, []).append(sizes)
     return table
 
 
@@ -29,9 +32,9 @@ def main() -> None:
     parser.add_argument("file", type=Path)
     result = json.loads(parser.parse_args().file.read_text())
     capability = result["machine"]["compute_capability"]
-    print("FASTER: dict[tuple[str, int], frozenset[int]] = {")
-    for op, widths in sorted(faster(result["records"]).items()):
-        print(f'    ("{op}", {capability}): frozenset({{{", ".join(map(str, sorted(widths)))}}}),')
+    print("FASTER: dict[tuple[str, int], frozenset[tuple[int, ...]]] = {")
+    for op, sizes in sorted(faster(result["records"]).items()):
+        print(f'    ("{op}", {capability}): frozenset({{{", ".join(map(str, sorted(sizes)))}}}),')
     print("}")
 
 

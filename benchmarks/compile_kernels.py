@@ -115,13 +115,8 @@ def _statistics_configurations() -> Iterator[Configuration]:
         "eps": "fp32",
     }
     for group in (4, 10, 20, 60, 80):  # channels a group in SD v1.5's UNet and VAE, one per power of two above
-        constants = {
-            "HAS_SHIFT": True,
-            "GROUP": group,
-            "BLOCK_N": group_norm_silu._BLOCK_N,
-            "BLOCK_G": triton.next_power_of_2(group),
-            "BLOCK_CHUNKS": group_norm_silu._BLOCK_CHUNKS,
-        }
+        tile = {"BLOCK_N": group_norm_silu._BLOCK_N, **group_norm_silu.group_tile(group)}
+        constants = {"HAS_SHIFT": True, **tile}
         yield group_norm_silu._group_norm_combine_kernel, dtype, combine, constants
     rows = {"x_ptr": data, "stats_ptr": "*fp32", "M": 2 * _POSITIONS, "K": _WIDTH, "eps": "fp32"}
     for width in (320, 640, 1280):

@@ -6,6 +6,7 @@ import datetime
 import json
 import platform
 import re
+import shutil
 import subprocess
 from importlib import metadata
 from pathlib import Path
@@ -39,13 +40,16 @@ def machine(device: str = "cpu") -> dict[str, Any]:
 def _gpu(device: str) -> dict[str, Any]:
     """What else a GPU's numbers depend on: its architecture, driver and clocks, and the CUDA and Triton in use."""
     major, minor = torch.cuda.get_device_capability(device)
+    names = ("driver", "max_clock", "clock", "power_limit")
     query = ["nvidia-smi", "--query-gpu=driver_version,clocks.max.sm,clocks.sm,power.limit", "--format=csv,noheader"]
-    smi = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
+    smi = ["unknown"] * len(names)
+    if shutil.which("nvidia-smi"):
+        smi = subprocess.run(query, capture_output=True, text=True, check=True).stdout.splitlines()[0].split(", ")
     return {
         "compute_capability": 10 * major + minor,
         "cuda": torch.version.cuda,
         "triton": metadata.version("triton"),
-        **dict(zip(("driver", "max_clock", "clock", "power_limit"), smi, strict=True)),
+        **dict(zip(names, smi, strict=True)),
     }
 
 
@@ -56,4 +60,6 @@ def write_result(path: Path, about: dict[str, Any], content: dict[str, Any]) -> 
 
 
 def _git(*arguments: str) -> str:
+    if not shutil.which("git"):
+        return ""
     return subprocess.run(["git", *arguments], capture_output=True, text=True, check=False).stdout.strip()

@@ -44,12 +44,12 @@ KERNELS = Ops(  # every Triton kernel, whether or not it is chosen
 class Op:
     """A call of ``Ops.name``: its arguments for a dtype, and its work in FLOPs, or in values moved.
 
-    ``width`` is what ``kernels/choice.py`` knows it by.
+    ``sizes`` are what ``kernels/choice.py`` knows it by: a head dim, or channels.
     """
 
     name: str
     arguments: Callable[[torch.dtype], list[Any]]
-    width: int
+    sizes: tuple[int, ...]
     flops: float = 0.0
     values: float = 0.0
 
@@ -69,9 +69,11 @@ def cases() -> Iterator[tuple[str, Op]]:
         yield f"attention_{N}x{C // _HEADS}", _attention(N, N, C)
         yield f"cross_attention_{N}x{C // _HEADS}", _with_columns(N, C)
         yield f"dbim_{N}x{C // _HEADS}", _dbim(N, C)
-        yield f"layer_norm_linear_{N}x{C}", _projected("layer_norm_linear", N, C, 3 * C)
+        yield f"layer_norm_qkv_{N}x{C}", _projected("layer_norm_linear", N, C, 3 * C)
+        yield f"layer_norm_linear_{N}x{C}", _projected("layer_norm_linear", N, C, C)
         yield f"layer_norm_geglu_{N}x{C}", _projected("layer_norm_geglu", N, C, 8 * C)
         yield f"linear_add_{N}x{C}", _projected("linear_add", N, C, C)
+        yield f"linear_add_composed_{N}x{C}", _composed(N, C)
         side = int(N**0.5)
         yield f"group_norm_silu_{C}x{side}x{side}", _norm(C, side)
         yield f"residual_add_{C}x{side}x{side}", _convolved(C, side)
@@ -106,7 +108,7 @@ def _attention(N: int, S: int, C: int) -> Op:
     def make(dtype: torch.dtype) -> list[Any]:
         return [*(random(ROWS, n, C).to(dtype) for n in (N, S, S)), _HEADS]
 
-    return Op("attention", make, C // _HEADS, flops=4.0 * ROWS * N * S * C)
+    return Op("attention", make, (C // _HEADS,), flops=4.0 * ROWS * N * S * C)
 
 
 def _with_columns(N: int, C: int) -> Op:
@@ -114,7 +116,7 @@ def _with_columns(N: int, C: int) -> Op:
         q, k, v, n_heads = _attention(N, _TEXT, C).arguments(dtype)
         return [q, k, v, torch.full((ROWS, 1), 5), n_heads]
 
-    return Op("cross_attention", make, C // _HEADS, flops=4.0 * ROWS * N * _TEXT * C)
+    return Op("cross_attention", make, (C // _HEADS,), flops=4.0 * ROWS * N * _TEXT * C)
 
 
 def _dbim(N: int, C: int) -> Op:
@@ -124,7 +126,7 @@ def _dbim(N: int, C: int) -> Op:
         chosen[0, 5] = chosen[1, 1:8] = True
         return [q, k, v, chosen, torch.tensor([8, 8]), torch.tensor([_GATES]), n_heads, False]
 
-    return Op("dbim", make, C // _HEADS, flops=4.0 * ROWS * N * _TEXT * C)
+    return Op("dbim", make, (C // _HEADS,), flops=4.0 * ROWS * N * _TEXT * C)
 
 
 def _residual(N: int, C: int) -> Op:
@@ -133,7 +135,7 @@ def _residual(N: int, C: int) -> Op:
         x, out, columns, residuals = (random(ROWS, *shape).to(dtype) for shape in shapes)
         return [x, out, columns, torch.tensor([0, 1]), residuals]
 
-    return Op("residual_apply", make, C, values=3.0 * ROWS * N * C)
+    return Op("residual_apply", make, (C,), values=3.0 * ROWS * N * C)
 
 
 def _convolved(C: int, side: int) -> Op:
@@ -142,7 +144,7 @@ def _convolved(C: int, side: int) -> Op:
         x, residual = (picture.contiguous(memory_format=torch.channels_last) for picture in pictures)
         return [x, residual, random(C).to(dtype)]
 
-    return Op("residual_add", make, C, values=3.0 * ROWS * C * side**2)
+    return Op("residual_add", make, (C,), values=3.0 * ROWS * C * side**2)
 
 
 def _norm(C: int, side: int) -> Op:
@@ -151,7 +153,7 @@ def _norm(C: int, side: int) -> Op:
         shift, weight, bias = (random(C).to(dtype) for _ in range(3))
         return [x, shift[None], weight, bias, 32, 1e-5]
 
-    return Op("group_norm_silu", make, C, values=2.0 * ROWS * C * side**2)
+    return Op("group_norm_silu", make, (C,), values=2.0 * ROWS * C * side**2)
 
 
 def _projected(name: str, N: int, C: int, C_out: int) -> Op:
@@ -162,4 +164,15 @@ def _projected(name: str, N: int, C: int, C_out: int) -> Op:
             return [x, weight, bias, random(ROWS, N, C_out).to(dtype)]
         return [x, gamma, beta, 1e-5, weight, *([bias] if name == "layer_norm_geglu" else [])]
 
-    return Op(name, make, C, flops=2.0 * ROWS * N * C * C_out)
+    return Op(name, make, (C, C_out), flops=2.0 * ROWS * N * C * C_out)
+
+
+def _composed(N: int, C: int) -> Op:
+    """A feed-forward's output projection and the transformer's, as one product of two inputs."""
+
+    def make(dtype: torch.dtype) -> list[Any]:
+        hidden, stream, residual = random(ROWS, N, 4 * C), random(ROWS, N, C), random(ROWS, N, C)
+        inner, outer = random(C, 4 * C) * C**-0.5, random(C, C) * C**-0.5
+        return [x.to(dtype) for x in (hidden, inner, random(C), residual, stream, outer)]
+
+    return Op("linear_add", make, (4 * C, C, C), flops=10.0 * ROWS * N * C * C)

@@ -8,6 +8,7 @@ out.
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -83,14 +84,24 @@ def diffusers_eager(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Sy
     """diffusers as its users run it: SDPA attention, channels-last weights."""
     loaded = _Loaded(folder, dtype, device)
     pipeline, rows, context = loaded.pipeline, loaded.rows, loaded.context
-    cases = loaded.steps(pipeline.unet)
+    processors = _Processors(pipeline.unet)
+
+    def plain(*inputs: Any) -> Any:
+        processors.use(None)
+        return pipeline.unet(*inputs)
+
+    def generate(steps: int, n_images: int, size: int | None) -> Tensor:
+        processors.use(None)
+        return loaded.generate(steps, n_images, size)
+
+    cases = loaded.steps(plain)
     cases["vae_decode"] = lambda: pipeline.vae.decode(loaded.unscaled).sample
-    cases[f"generate_{STEPS}"] = lambda: loaded.generate(STEPS, 1, None)
-    infusion = _MapReplacing(pipeline, torch.cat([rows, rows]), torch.cat([context, context]))
+    cases[f"generate_{STEPS}"] = lambda: generate(STEPS, 1, None)
+    infusion = _MapReplacing(pipeline, processors, torch.cat([rows, rows]), torch.cat([context, context]))
     cases["infusion_parallel_1"] = cases["infusion_shared"] = lambda: infusion.step(0)
     cases[f"infusion_parallel_{CONCEPT_SETS}"] = lambda: torch.cat([infusion.step(i) for i in range(CONCEPT_SETS)])
-    cases["dci_mixing_step"] = _TwoBranches(pipeline, rows[:1], context)
-    return loaded.system("diffusers_eager", cases)
+    cases["dci_mixing_step"] = _TwoBranches(pipeline, processors, rows[:1], context)
+    return replace(loaded.system("diffusers_eager", cases), generate=generate)
 
 
 def diffusers_compile(folder: Path, dtype: torch.dtype, device: str = "cpu") -> System:
@@ -109,42 +120,43 @@ def diffusers_xformers(folder: Path, dtype: torch.dtype, device: str) -> System:
     return loaded.system("diffusers_xformers", loaded.steps(loaded.pipeline.unet))
 
 
-class _Attending:
-    """A diffusers UNet whose cross-attention layers have other processors for a while."""
+class _Processors:
+    """The attention processors of a diffusers UNet, set only when others were, since setting them takes long."""
 
-    def __init__(self, unet: Any, processor: Callable[[str], Callable[..., Tensor]]) -> None:
-        self.unet, self.plain = unet, unet.attn_processors
-        self.processors = {
-            name: processor(name.removesuffix(".processor")) if "attn2" in name else plain
-            for name, plain in self.plain.items()
-        }
+    def __init__(self, unet: Any) -> None:
+        self.unet, self.plain = unet, dict(unet.attn_processors)
+        self.now: object = None
 
-    def __enter__(self) -> None:
-        self.unet.set_attn_processor(dict(self.processors))
-
-    def __exit__(self, *_error: object) -> None:
-        self.unet.set_attn_processor(dict(self.plain))
+    def use(self, who: object, processor: Callable[[str], Callable[..., Tensor]] | None = None) -> None:
+        """Those of ``who``: what ``processor`` gives for each cross-attention layer; diffusers' own without it."""
+        if self.now is who:
+            return
+        self.now = who
+        chosen = dict(self.plain)
+        if processor is not None:
+            names = [name for name in chosen if "attn2" in name]
+            chosen |= {name: processor(name.removesuffix(".processor")) for name in names}
+        self.unet.set_attn_processor(chosen)
 
 
 class _TwoBranches:
     """A diffusers UNet whose second row of three is mixed with the third in every cross-attention layer."""
 
-    def __init__(self, pipeline: Any, latents: Tensor, context: Tensor) -> None:
+    def __init__(self, pipeline: Any, processors: _Processors, latents: Tensor, context: Tensor) -> None:
         self.pipeline, self.rows = pipeline, latents.expand(3, -1, -1, -1).contiguous()
         auxiliary = PROMPT.replace(NOUN, AUXILIARY)
         text = pipeline.encode_prompt(auxiliary, latents.device, 1, False)[0]
         self.context = torch.cat([context, text])
         ids = [pipeline.tokenizer(prompt).input_ids for prompt in (PROMPT, auxiliary)]
         nouns = [pipeline.tokenizer(noun).input_ids[1] for noun in (NOUN, AUXILIARY)]
-        own = [
-            torch.tensor(prompt[1:-1], device=latents.device) == noun for prompt, noun in zip(ids, nouns, strict=True)
-        ]
-        self.chosen = (own[0], ~own[1])
-        self.attending = _Attending(pipeline.unet, lambda _layer: self._mixed)
+        own = [torch.tensor(prompt[1:-1]) == noun for prompt, noun in zip(ids, nouns, strict=True)]
+        self.chosen = [marks.nonzero()[:, 0].to(latents.device) for marks in (own[0], ~own[1])]
+        self.lengths = [len(marks) for marks in own]
+        self.processors = processors
 
     def __call__(self) -> Tensor:
-        with self.attending:
-            return guide(self.pipeline.unet(self.rows, TIMESTEP, self.context).sample[:2])
+        self.processors.use(self, lambda _layer: self._mixed)
+        return guide(self.pipeline.unet(self.rows, TIMESTEP, self.context).sample[:2])
 
     def _mixed(self, attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:
         def heads(x: Tensor) -> Tensor:
@@ -155,8 +167,8 @@ class _TwoBranches:
         out = weights @ heads(attn.to_v(encoder_hidden_states))
         token_scale, space_scale, gain = PRESETS["calibrated"]
         gates = []
-        for row, chosen in ((1, self.chosen[0]), (2, self.chosen[1])):
-            own = (token_scale * weights[row, ..., 1 : 1 + len(chosen)].float()).softmax(dim=-1)
+        for row, chosen, length in zip((1, 2), self.chosen, self.lengths, strict=True):
+            own = (token_scale * weights[row, ..., 1 : 1 + length].float()).softmax(dim=-1)
             gates.append(gain * (space_scale * own[..., chosen].sum(dim=-1)).softmax(dim=-1))
         share = torch.stack(gates).softmax(dim=0)[..., None].to(out.dtype)
         mixed = share[0] * out[1] + share[1] * out[2]
@@ -166,7 +178,7 @@ class _TwoBranches:
 class _MapReplacing:
     """A diffusers UNet whose last two rows of four attend with the maps of the first two."""
 
-    def __init__(self, pipeline: Any, rows: Tensor, context: Tensor) -> None:
+    def __init__(self, pipeline: Any, processors: _Processors, rows: Tensor, context: Tensor) -> None:
         self.pipeline, self.rows, self.context = pipeline, rows, context
         layers = {name: module for name, module in pipeline.unet.named_modules() if name.endswith("attn2")}
         self.concepts = [
@@ -176,13 +188,13 @@ class _MapReplacing:
         self.concept = self.concepts[0]
         ids = pipeline.tokenizer(PROMPT).input_ids
         self.position = ids.index(pipeline.tokenizer(NOUN).input_ids[1])
-        self.attending = _Attending(pipeline.unet, self._processor)
+        self.processors = processors
 
     def step(self, i: int) -> Tensor:
         """The customised picture's guided prediction with concept ``i``."""
         self.concept = self.concepts[i]
-        with self.attending:
-            return guide(self.pipeline.unet(self.rows, TIMESTEP, self.context).sample[2:])
+        self.processors.use(self, self._processor)
+        return guide(self.pipeline.unet(self.rows, TIMESTEP, self.context).sample[2:])
 
     def _processor(self, name: str) -> Callable[..., Tensor]:
         def attend(attn: Any, hidden_states: Tensor, encoder_hidden_states: Tensor, **_: Any) -> Tensor:

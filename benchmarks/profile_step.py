@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.autograd import DeviceType
 from torch.overrides import TorchFunctionMode
 from torch.profiler import ProfilerActivity, profile, record_function
 
@@ -116,7 +117,7 @@ def measure(sd: engine.Engine) -> list[Row]:
                     step()
     for event in found.key_averages():
         row = watch.rows.get(event.key.removeprefix(_PREFIX)) if event.key.startswith(_PREFIX) else None
-        if row is not None:
+        if row is not None and event.device_type == DeviceType.CPU:  # the GPU's own spans have the gaps in them
             row.seconds = (event.device_time_total if is_gpu else event.cpu_time_total) / 1e6 / _ROUNDS
     for row in watch.rows.values():
         row.calls //= _ROUNDS
@@ -172,6 +173,8 @@ def main() -> None:
     is_gpu = arguments.device.startswith("cuda")
     dtype = getattr(torch, arguments.dtype or ("float16" if is_gpu else "bfloat16"))
     backend = "triton" if is_gpu else "auto"
+    cudnn: Any = torch.backends.cudnn
+    cudnn.benchmark = is_gpu  # as graphs are captured
     sd = engine.load(full_size_folder(FULL_SIZE), device=arguments.device, dtype=dtype, backend=backend)
     about = machine(arguments.device)
     text = report(measure(sd), *ceilings(sd.device, dtype))

@@ -41,12 +41,14 @@ class System:
         generate: draws pictures (B, H, W, 3) on the host, given steps, how many, and their size in pixels (None for the
             model's own).
         parameter_bytes: of all weights.
+        forget: drops what was prepared, so that the next run takes all the memory that a first one takes.
     """
 
     name: str
     cases: dict[str, Callable[[], Tensor]]
     generate: Callable[[int, int, int | None], Tensor]
     parameter_bytes: int
+    forget: Callable[[], None] = lambda: None
 
 
 def twinstream(folder: Path, dtype: torch.dtype, device: str = "cpu") -> System:
@@ -74,7 +76,7 @@ def twinstream(folder: Path, dtype: torch.dtype, device: str = "cpu") -> System:
 
     cases[f"generate_{STEPS}"] = lambda: generate(STEPS, 1, None)
     models = (sd.unet, sd.vae, sd.text_encoder.model)
-    return System("twinstream", cases, generate, parameter_bytes(*models))
+    return System("twinstream", cases, generate, parameter_bytes(*models), sd._free)
 
 
 def planned_step(sd: engine.Engine, customizations: Sequence[Any], latents: Tensor) -> Callable[[], Tensor]:

@@ -12,7 +12,6 @@ import time
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import cache
-from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -35,6 +34,7 @@ from benchmarks.systems import (
 from benchmarks.test_ops import relative_error
 from benchmarks.turns import milliseconds, take_turns
 from engine.checkpoint import EMBEDDED_MODEL
+from engine.kernels.layer_norm_geglu import layer_norm_geglu_unfused
 from engine.ops import TORCH
 
 _METHOD_ROWS = {
@@ -57,6 +57,11 @@ class Suite:
     @property
     def folder(self) -> Path:
         return EMBEDDED_MODEL if self.device == "cpu" else _full_size()
+
+    @property
+    def half(self) -> torch.dtype:
+        """What most cases are timed in."""
+        return torch.bfloat16 if self.device == "cpu" else torch.float16
 
     @property
     def rounds(self) -> tuple[int, int]:
@@ -103,16 +108,17 @@ def _exact(folder: Path, case: str, device: str) -> Tensor:
         return _system(diffusers_eager, folder, torch.float32, device).cases[case]().cpu()
 
 
-def _first_run(run: Callable[[], Tensor], weights: int, device: str) -> tuple[Tensor, int | None]:
+def _first_run(run: Callable[[], Tensor], system: System, device: str) -> tuple[Tensor, int | None]:
     """A case's result, and the peak memory of a process that had nothing but its system's weights."""
     if device == "cpu":
         return run(), None
+    system.forget()  # a replayed graph allocates nothing
     torch.cuda.synchronize()
     torch.cuda.reset_peak_memory_stats()
     before = torch.cuda.memory_allocated()
     result = run()
     torch.cuda.synchronize()
-    return result, weights + torch.cuda.max_memory_allocated() - before
+    return result, system.parameter_bytes + torch.cuda.max_memory_allocated() - before
 
 
 def _name(dtype: torch.dtype) -> str:
@@ -125,7 +131,7 @@ def _compare(
     """One case of several systems, ours first; returns the seconds of each round."""
     runs = {system.name: system.cases[case] for system in systems if case in system.cases}
     with torch.no_grad():
-        first = {s.name: _first_run(runs[s.name], s.parameter_bytes, suite.device) for s in systems if s.name in runs}
+        first = {s.name: _first_run(runs[s.name], s, suite.device) for s in systems if s.name in runs}
         exact = _exact(suite.folder, case, suite.device)
         errors = {name: relative_error(result.cpu(), exact) for name, (result, _) in first.items()}
         peers = {name: run for name, run in runs.items() if name != "twinstream"}
@@ -179,10 +185,13 @@ def test_kernels_of_ops(benchmark: Any, keep: Keep, suite: Suite, case: str) -> 
     in_double = [x.double() if isinstance(x, Tensor) and x.is_floating_point() else x for x in arguments]
     exact = call(TORCH, op, in_double)()
     calls = {name: call(ops, op, arguments) for name, ops in (("twinstream", kernels), ("torch_eager", TORCH))}
+    if op.name == "layer_norm_geglu":
+        given: list[Any] = arguments
+        calls["unfused"] = lambda: layer_norm_geglu_unfused(*given)
     errors = {name: relative_error(run(), exact) for name, run in calls.items()}
     loops = {name: _repeated(run, suite.device) for name, run in calls.items()}
-    seconds = suite.turns(benchmark, loops["twinstream"], {"torch_eager": loops["torch_eager"]})
-    prefix = {"case": case, "op": op.name, "width": op.width, "dtype": _name(dtype), "rows": ROWS, **op.work(dtype)}
+    seconds = suite.turns(benchmark, loops.pop("twinstream"), loops)
+    prefix = {"case": case, "op": op.name, "sizes": op.sizes, "dtype": _name(dtype), "rows": ROWS, **op.work(dtype)}
     times = {name: milliseconds([one / _CALLS for one in each]) for name, each in seconds.items()}
     keep([{**prefix, "system": name, **times[name], "rel_error": errors[name]} for name in calls])
     _check(errors)
@@ -199,23 +208,31 @@ def _repeated(run: Callable[[], Tensor], device: str) -> Callable[[], object]:
     return graph.replay
 
 
-@pytest.mark.parametrize("n_images", IMAGES)
+@pytest.mark.parametrize(
+    ("dtype", "n_images"), [*(("float16", n) for n in IMAGES), ("bfloat16", 1)], indirect=["dtype"]
+)
 def test_steps_guided(benchmark: Any, keep: Keep, suite: Suite, dtype: torch.dtype, n_images: int) -> None:
-    makers: list[Callable[..., System]] = [twinstream, diffusers_eager]
-    if find_spec("xformers") and suite.device == "cuda":
-        makers.append(diffusers_xformers)
-    systems = [_system(make, suite.folder, dtype, suite.device) for make in makers]
+    systems = [_system(make, suite.folder, dtype, suite.device) for make in (twinstream, diffusers_eager)]
     _compare(benchmark, keep, suite, dtype, case_of(n_images), 2 * n_images, systems)
 
 
+def test_steps_with_xformers(benchmark: Any, keep: Keep, suite: Suite) -> None:
+    pytest.importorskip("xformers.ops")
+    makers = (twinstream, diffusers_eager, diffusers_xformers)
+    systems = [_system(make, suite.folder, torch.float16, suite.device) for make in makers]
+    _compare(benchmark, keep, suite, torch.float16, "guided_step", 2, systems)
+
+
 @pytest.mark.parametrize("case", _METHOD_ROWS)
-def test_steps_of_methods(benchmark: Any, keep: Keep, suite: Suite, dtype: torch.dtype, case: str) -> None:
+def test_steps_of_methods(benchmark: Any, keep: Keep, suite: Suite, case: str) -> None:
+    dtype = suite.half
     systems = [_system(make, suite.folder, dtype, suite.device) for make in (twinstream, diffusers_eager)]
     _compare(benchmark, keep, suite, dtype, case, _METHOD_ROWS[case], systems)
 
 
-def test_steps_of_dci_on_average(benchmark: Any, keep: Keep, suite: Suite, dtype: torch.dtype) -> None:
+def test_steps_of_dci_on_average(benchmark: Any, keep: Keep, suite: Suite) -> None:
     """Mixing steps for a fraction of the run, guided steps for the rest."""
+    dtype = suite.half
     systems = [_system(make, suite.folder, dtype, suite.device) for make in (twinstream, diffusers_eager)]
     with torch.no_grad():
         exact = _exact(suite.folder, "dci_mixing_step", suite.device)
@@ -234,7 +251,8 @@ def test_steps_of_dci_on_average(benchmark: Any, keep: Keep, suite: Suite, dtype
     _check(errors)
 
 
-def test_pictures_decoded(benchmark: Any, keep: Keep, suite: Suite, dtype: torch.dtype) -> None:
+def test_pictures_decoded(benchmark: Any, keep: Keep, suite: Suite) -> None:
+    dtype = suite.half
     systems = [_system(make, suite.folder, dtype, suite.device) for make in (twinstream, diffusers_eager)]
     _compare(benchmark, keep, suite, dtype, "vae_decode", 1, systems)
 
@@ -250,7 +268,7 @@ def test_pictures_generated(benchmark: Any, keep: Keep, suite: Suite, steps: int
     ours, theirs = (_system(make, suite.folder, dtype, suite.device) for make in (twinstream, diffusers_eager))
     runs = {system.name: lambda s=system: s.generate(steps, n_images, pixels) for system in (ours, theirs)}
     exact = _exact_picture(suite, steps, pixels)
-    first = {s.name: _first_run(runs[s.name], s.parameter_bytes, suite.device) for s in (ours, theirs)}
+    first = {s.name: _first_run(runs[s.name], s, suite.device) for s in (ours, theirs)}
     errors = {name: relative_error(result[0], exact) for name, (result, _) in first.items()}
     rounds = 5 if suite.device == "cuda" and n_images == 1 else 2
     seconds = take_turns(benchmark, runs["twinstream"], {"diffusers_eager": runs["diffusers_eager"]}, rounds)
@@ -307,10 +325,9 @@ def test_start(keep: Keep, suite: Suite) -> None:
         keep([{**record, **milliseconds(seconds)}])
 
 
-@pytest.mark.parametrize("case", ["guided_step", "vae_decode"])
-def test_compiled(benchmark: Any, keep: Keep, suite: Suite, case: str) -> None:
+def test_compiled(benchmark: Any, keep: Keep, suite: Suite) -> None:
     """Beside torch.compile with max-autotune, which alone takes minutes; compiling is not in the times."""
     dtype = torch.float16 if suite.device == "cuda" else torch.float32
     makers = (twinstream, diffusers_eager, diffusers_compile)
     systems = [_system(make, suite.folder, dtype, suite.device) for make in makers]
-    _compare(benchmark, keep, suite, dtype, case, 2 if case == "guided_step" else 1, systems)
+    _compare(benchmark, keep, suite, dtype, "guided_step", 2, systems)

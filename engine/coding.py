@@ -83,7 +83,7 @@ class PictureCoder:
         try:
             return run(vae, True)
         except torch.OutOfMemoryError as error:
-            shortage = error
+            shortage = error.with_traceback(None)  # which would keep the attempt's tensors
         self.free()
         advice = "smaller pictures" if tiling else "vae_tiling=True, or smaller pictures,"
         device = vae.quant_conv.weight.device

@@ -22,7 +22,7 @@ from .config import ScheduleConfig
 from .dci import DCI
 from .denoise import denoise
 from .errors import NonFiniteError
-from .graphs import Graphs, Warmup, run_eagerly
+from .graphs import CAPTURING, Graphs, Warmup, run_eagerly
 from .ico import Changes, TextKV, encode_texts, fit_changes
 from .infusion import fingerprint, project
 from .masks import MaskRecorder
@@ -240,7 +240,7 @@ class Engine:
         try:
             return denoise(self.unet, table, plans, *arguments, run=step)
         except torch.OutOfMemoryError as error:
-            shortage = error
+            shortage = error.with_traceback(None)  # which would keep the attempt's tensors
         self._free()
         n_rows, size = max(len(plan.trajectories) for plan in plans), (request.height, request.width)
         raise out_of_memory(self.unet, self._limits.factor, len(request.seeds), n_rows, size) from shortage
@@ -249,7 +249,8 @@ class Engine:
         """Give back what can be rebuilt."""
         if self.graphs is not None:
             self.graphs.clear()
-        torch.cuda.empty_cache()
+        with CAPTURING:
+            torch.cuda.empty_cache()
 
     def _start(self, request: Request, table: SamplerTable) -> tuple[Tensor, list[Tensor]]:
         """The first ``x``, and the noise of every step that draws some, in the order diffusers would draw it.

@@ -20,6 +20,7 @@ Function = Callable[[Any, Any], Any]
 Run = Callable[[str, Function, Any, Any], Any]  # name, function, constants, inputs -> the function's tensors
 Capture = Callable[[Callable[[], Any]], tuple[Callable[[], None], Any]]  # -> replay, and where it leaves its results
 
+CAPTURING = threading.Lock()  # torch captures one graph at a time in a process, and none while it empties its cache
 _WARM_UP_CALLS = 3
 _MAX_GRAPHS = 32
 
@@ -34,20 +35,21 @@ class CudaCapture:
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
+        with torch.cuda.device(device):
+            self.stream = torch.cuda.Stream()  # one for all: each stream has cuBLAS workspaces of its own
         self.pool = torch.cuda.graph_pool_handle()
 
     def __call__(self, function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
         cudnn: Any = torch.backends.cudnn
-        benchmark = cudnn.benchmark
-        with torch.cuda.device(self.device):
-            stream = torch.cuda.Stream()
-            stream.wait_stream(torch.cuda.current_stream())
+        with CAPTURING, torch.cuda.device(self.device):
+            benchmark = cudnn.benchmark
+            self.stream.wait_stream(torch.cuda.current_stream())
             try:
                 cudnn.benchmark = not cudnn.deterministic  # chooses algorithms in the calls before the capture
-                with torch.cuda.stream(stream):
+                with torch.cuda.stream(self.stream):
                     for _ in range(_WARM_UP_CALLS):
                         function()
-                torch.cuda.current_stream().wait_stream(stream)
+                torch.cuda.current_stream().wait_stream(self.stream)
                 graph = torch.cuda.CUDAGraph()
                 # other threads may allocate meanwhile
                 with torch.cuda.graph(graph, pool=self.pool, capture_error_mode="thread_local"):
@@ -99,11 +101,12 @@ class Graphs:
     recently used of more than 32 graphs is dropped.
 
     Args:
-        capture: see ``CudaCapture``.
+        make_capture: makes what captures, as ``CudaCapture`` does; again after ``clear``, since a memory pool ends with
+            the last of its graphs.
     """
 
-    def __init__(self, capture: Capture) -> None:
-        self.capture = capture
+    def __init__(self, make_capture: Callable[[], Capture]) -> None:
+        self.make_capture, self.capture = make_capture, make_capture()
         self.captured: list[Captured] = []  # all that ever were, in order
         self._graphs: dict[Hashable, _Graph] = {}
         self._lock = threading.Lock()
@@ -121,6 +124,7 @@ class Graphs:
             graph = self._graphs.pop(key, None) or self._capture(name, function, constants, inputs)
             self._graphs[key] = graph
             while len(self._graphs) > _MAX_GRAPHS:
+                self._wait()
                 del self._graphs[next(iter(self._graphs))]
             if graph.held is not constants:
                 _write(graph.constants, constants)
@@ -136,7 +140,14 @@ class Graphs:
     def clear(self) -> None:
         """Drop all graphs and their memory."""
         with self._lock:
+            self._wait()
             self._graphs.clear()
+            self.capture = self.make_capture()
+
+    def _wait(self) -> None:
+        """Until no stream replays: buffers may have been allocated on another than the last."""
+        if self._done is not None:
+            self._done.synchronize()
 
     def _capture(self, name: str, function: Function, constants: Any, inputs: Any) -> _Graph:
         start = time.perf_counter()

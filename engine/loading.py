@@ -76,7 +76,7 @@ def load(
     if ops.name == "triton":
         unet.compose()
     has_graphs = ops.name == "triton" if graphs is None else graphs
-    captured = Graphs(CudaCapture(where)) if has_graphs else None
+    captured = Graphs(lambda: CudaCapture(where)) if has_graphs else None
     return Engine(checkpoint.name, unet, vae, text_encoder, checkpoint.schedule, ops, captured)
 
 

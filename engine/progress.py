@@ -38,7 +38,7 @@ class StageClock:
         start = time.perf_counter()
         yield
         if self.device.type == "cuda":
-            torch.cuda.synchronize(self.device)
+            torch.cuda.current_stream(self.device).synchronize()  # another may be capturing
         self.stages[stage] = time.perf_counter() - start
 
     def seconds(self) -> dict[str, float]:

@@ -11,14 +11,14 @@ from functools import cache
 import torch
 from torch import Tensor
 
-# Op, compute capability (90 is Hopper), and the widths that win: head dims of attention, input channels of products.
-# Not measured yet, so torch's own serves everywhere.
-FASTER: dict[tuple[str, int], frozenset[int]] = {}
+# Op, compute capability (90 is Hopper), and the sizes that win: the head dim of attention, input and output channels of
+# products (and the second input's). Not measured yet, so torch's own serves everywhere.
+FASTER: dict[tuple[str, int], frozenset[tuple[int, ...]]] = {}
 
 
-def is_faster(op: str, x: Tensor, width: int) -> bool:
+def is_faster(op: str, x: Tensor, *sizes: int) -> bool:
     """Whether our kernel is the faster one on the device of ``x``; on a CPU it never is."""
-    return x.is_cuda and width in FASTER.get((op, _capability(x.device)), frozenset())
+    return x.is_cuda and sizes in FASTER.get((op, _capability(x.device)), frozenset())
 
 
 @cache

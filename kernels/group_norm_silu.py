@@ -21,7 +21,8 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-_BLOCK_N, _BLOCK_C, _BLOCK_CHUNKS = 64, 64, 8  # more chunks at a time spill at 80 channels a group
+_BLOCK_N, _BLOCK_C = 64, 64
+_COMBINED = 1024  # statistics combined at a time: many chunks of few channels; more of them spill
 
 torch.library.define(
     "twinstream::group_norm", "(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> Tensor"
@@ -79,14 +80,16 @@ def _group_norm_combine_kernel(
     shift = tl.zeros([BLOCK_G], tl.float32)
     if HAS_SHIFT:
         shift += tl.load(shift_ptr + pid_b * stride_shift + offs_c, mask=mask_c, other=0.0).to(tl.float32)
+    near = tl.load(mean_ptr + pid_b * n_chunks * C + pid_g * GROUP)  # what sums are taken beside, should it be large
     total = tl.zeros([BLOCK_CHUNKS, BLOCK_G], tl.float32)
     for first in range(0, n_chunks, BLOCK_CHUNKS):
         chunk = first + tl.arange(0, BLOCK_CHUNKS)
         mask = (chunk < n_chunks)[:, None] & mask_c[None, :]
         count = tl.minimum(BLOCK_N, N - chunk * BLOCK_N).to(tl.float32)
         at = (pid_b * n_chunks + chunk)[:, None] * C + offs_c[None, :]
-        total += tl.where(mask, tl.load(mean_ptr + at, mask=mask, other=0.0) + shift[None, :], 0.0) * count[:, None]
-    mean = tl.sum(tl.sum(total, axis=1), axis=0) / (N * GROUP)
+        distance = tl.load(mean_ptr + at, mask=mask, other=0.0) + shift[None, :] - near
+        total += tl.where(mask, distance, 0.0) * count[:, None]
+    mean = near + tl.sum(tl.sum(total, axis=1), axis=0) / (N * GROUP)
     spread = tl.zeros([BLOCK_CHUNKS, BLOCK_G], tl.float32)
     for first in range(0, n_chunks, BLOCK_CHUNKS):
         chunk = first + tl.arange(0, BLOCK_CHUNKS)
@@ -136,6 +139,12 @@ def group_norm_silu_triton(
     return _launch(x, shift, weight, bias, groups, eps, silu=True)
 
 
+def group_tile(group: int) -> dict[str, int]:
+    """Constants by which statistics of groups of so many channels are combined."""
+    block_g = triton.next_power_of_2(group)
+    return {"GROUP": group, "BLOCK_G": block_g, "BLOCK_CHUNKS": max(1, _COMBINED // block_g)}
+
+
 def _launch(
     x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool
 ) -> Tensor:
@@ -160,7 +169,7 @@ def _launch(
         _group_norm_stats_kernel[tiles](x, mean, m2, N, C, BLOCK_N=_BLOCK_N, BLOCK_C=_BLOCK_C)
         _group_norm_combine_kernel[(groups, B)](
             mean, m2, shift_here, weight, centre, scale, N, C, n_chunks, stride_shift, eps, HAS_SHIFT=has_shift,
-            GROUP=group, BLOCK_N=_BLOCK_N, BLOCK_G=triton.next_power_of_2(group), BLOCK_CHUNKS=_BLOCK_CHUNKS,
+            BLOCK_N=_BLOCK_N, **group_tile(group),
         )  # fmt: skip
         _group_norm_apply_kernel[tiles](
             x, shift_here, centre, scale, bias, y, N, C, stride_shift,

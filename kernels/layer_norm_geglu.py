@@ -56,7 +56,7 @@ def _layer_norm_geglu_fwd_kernel(
     rstd = tl.load(stats_ptr + 2 * offs_m + 1, mask=mask_m, other=0.0)
     value = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
     gate = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    gates_ptr = weight_ptr + N.to(tl.int64) * K
+    gates_ptr = weight_ptr + tl.cast(N, tl.int64) * K
     for first in range(0, K, BLOCK_K):
         offs_k = first + tl.arange(0, BLOCK_K)
         x = normalised_tile(x_ptr, norm_weight_ptr, norm_bias_ptr, offs_m, offs_k, mean, rstd, M, K)
@@ -106,6 +106,13 @@ def layer_norm_geglu(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor
 ) -> Tensor:
     """Our kernel where it is known to be faster than torch's product, else that and our GEGLU. No gradient."""
-    if is_faster("layer_norm_geglu", x, x.shape[-1]):
+    if is_faster("layer_norm_geglu", x, x.shape[-1], len(weight)):
         return torch.ops.twinstream.layer_norm_geglu(x, norm_weight, norm_bias, eps, weight, bias)
+    return layer_norm_geglu_unfused(x, norm_weight, norm_bias, eps, weight, bias)
+
+
+def layer_norm_geglu_unfused(
+    x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor
+) -> Tensor:
+    """torch's LayerNorm and product, and our GEGLU."""
     return geglu(F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias))

@@ -147,6 +147,6 @@ def _layer_norm_linear_fake(
 
 def layer_norm_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor) -> Tensor:
     """Our kernels where they are known to be faster than torch's, else torch's. No gradient through ours."""
-    if is_faster("layer_norm_linear", x, x.shape[-1]):
+    if is_faster("layer_norm_linear", x, x.shape[-1], len(weight)):
         return torch.ops.twinstream.layer_norm_linear(x, norm_weight, norm_bias, eps, weight)
     return layer_norm_linear_ref(x, norm_weight, norm_bias, eps, weight)

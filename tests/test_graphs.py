@@ -44,7 +44,7 @@ def plain(small_folder: Any) -> Engine:
 @pytest.fixture
 def graphed(plain: Engine) -> Engine:
     parts = (plain.name, plain.unet, plain.vae, plain.text_encoder, plain.schedule, plain.backend)
-    return Engine(*parts, Graphs(_trace))
+    return Engine(*parts, Graphs(lambda: _trace))
 
 
 def _concept(sd: Engine, seed: int) -> engine.Concept:
@@ -126,7 +126,7 @@ def test_rows_at_different_steps_share_a_graph(plain: Engine) -> None:
     (plan,) = make_plans(request, 6, plain.text_encoder, plain._encode, plain._project, plain.device)
     with torch.no_grad():
         phase = make_phase(plan, table.coefficients, plain.unet.time_shifts(table.timesteps))
-        x, graphs = torch.randn(2, 4, 8, 8), Graphs(_trace)
+        x, graphs = torch.randn(2, 4, 8, 8), Graphs(lambda: _trace)
         history = torch.randn(1, 2, 4, 8, 8)
 
         def step(one: Any, state: State) -> Any:
@@ -181,7 +181,7 @@ def test_warmup_reports_what_it_prepared(plain: Engine, graphed: Engine) -> None
 
 def test_the_least_recently_used_graph_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.graphs._MAX_GRAPHS", 2)
-    graphs = Graphs(_trace)
+    graphs = Graphs(lambda: _trace)
 
     def double(_constants: None, x: torch.Tensor) -> torch.Tensor:
         return 2 * x

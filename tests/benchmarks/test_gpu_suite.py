@@ -29,9 +29,8 @@ _CASES = {  # what the suite promises, by the system's name
 
 def test_every_case_runs(tmp_path: Path) -> None:
     kept = tmp_path / "records"
-    chosen = (
-        "(test_steps and not guided) or (guided and 1) or decoded or another or test_start or copy or residual_add_1280"
-    )
+    steps = "(test_steps and not guided) or (guided and bfloat16)"
+    chosen = f"{steps} or decoded or another or test_start or ceilings or residual_add_1280"
     command = [
         sys.executable,
         "-m",
@@ -58,7 +57,7 @@ def test_groups_are_all_of_the_suite_and_take_nine_minutes() -> None:
     tests = [line.split("(")[0].removeprefix("def ") for line in source.splitlines() if line.startswith("def test_")]
     prefixes = [group.arguments[-1] for group in _GROUPS["gpu"]]
     assert all(sum(test.startswith(prefix) for prefix in prefixes) == 1 for test in tests)
-    assert sum(group.limit_s or 0 for group in _GROUPS["gpu"]) <= 500  # and 40 for the profile
+    assert sum(group.limit_s or 0 for group in _GROUPS["gpu"]) <= 510  # and 30 to write the model
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")

@@ -64,8 +64,8 @@ def test_gpu_figures_come_from_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyP
 
 
 def test_the_choice_between_kernels() -> None:
-    record = {"op": "attention", "width": 40, "median_ms": 1.0, "p90_ms": 1.1}
-    slower = record | {"width": 80, "p90_ms": 2.5}
+    record = {"op": "attention", "sizes": [40], "median_ms": 1.0, "p90_ms": 1.1}
+    slower = record | {"sizes": [80], "p90_ms": 2.5}
     records = [record | {"system": "twinstream"}, record | {"system": "torch_eager", "median_ms": 2.0}]
     records += [slower | {"system": "twinstream"}, slower | {"system": "torch_eager", "median_ms": 2.0}]
-    assert faster([*records, {"case": "product", "system": "ceiling"}]) == {"attention": [40]}
+    assert faster([*records, {"case": "product", "system": "ceiling"}]) == {"attention": [(40,)]}

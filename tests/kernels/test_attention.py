@@ -66,7 +66,7 @@ def test_only_what_was_measured_to_be_faster_serves(monkeypatch: pytest.MonkeyPa
     q, k, v = _inputs(1, 6, 6, 40, torch.float32)
     assert not is_faster("attention", q.cpu(), 40)
     assert torch.equal(attention(q, k, v, 1), attention_ref(q, k, v, 1)) or FASTER
-    monkeypatch.setattr(module, "is_faster", lambda op, x, width: (op, width) == ("attention", 40))
+    monkeypatch.setattr(module, "is_faster", lambda op, x, *sizes: (op, sizes) == ("attention", (40,)))
     calls = []
     monkeypatch.setattr(torch.ops.twinstream, "attention", lambda *inputs: calls.append(inputs))
     attention(q, k, v, 1)

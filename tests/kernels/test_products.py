@@ -69,7 +69,9 @@ def test_operators(op: str) -> None:
 def test_only_what_was_measured_to_be_faster_serves(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
     name, inputs, calls = op.split(maxsplit=1)[0], _inputs(op, (1, 4, 8, 6), torch.float32), []
     module = import_module(f"engine.kernels.{name}")
-    monkeypatch.setattr(module, "is_faster", lambda asked, _x, width: (asked, width) == (name, 8))
+    sizes = {"layer_norm_linear": (8, 6), "layer_norm_geglu": (8, 12), "linear_add": (8, 6)}[name]
+    sizes += (24,) if op.endswith("two") else ()
+    monkeypatch.setattr(module, "is_faster", lambda asked, _x, *given: (asked, given) == (name, sizes))
     monkeypatch.setattr(torch.ops.twinstream, name, lambda *given: calls.append(given))
     _OPS[op][2](*inputs)
     assert len(calls) == 1
