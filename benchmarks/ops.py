@@ -63,6 +63,11 @@ def random(*shape: int) -> Tensor:
     return torch.randn(*shape, generator=torch.Generator().manual_seed(sum(shape)))
 
 
+def relative_error(actual: Tensor, exact: Tensor) -> float:
+    """Of the whole tensor, in float64."""
+    return float((actual.double() - exact.double()).norm() / exact.double().norm())
+
+
 def cases() -> Iterator[tuple[str, Op]]:
     """Every op at every stage where it differs, by the name of a benchmark's case."""
     for N, C in _SIZES:

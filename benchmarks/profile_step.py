@@ -58,11 +58,12 @@ class Watch(TorchFunctionMode):
         """Run an operation under its name and shapes; what it calls is part of it."""
         tensors = [x for x in (*args, *kwargs.values()) if isinstance(x, Tensor) and x.ndim]
         label = f"{name} {' '.join('x'.join(map(str, x.shape)) for x in tensors if x.ndim > 1)}"
-        with self._outermost(), record_function(_PREFIX + label):
-            result = function(*args, **kwargs)
-        out = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
-        n_bytes = sum(x.numel() * x.element_size() for x in (*tensors, *out))
-        self.rows.setdefault(label, Row(label, _flops(name, tensors, out), n_bytes)).calls += 1
+        with self._outermost():
+            with record_function(_PREFIX + label):
+                result = function(*args, **kwargs)
+            out = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
+            n_bytes = sum(x.numel() * x.element_size() for x in (*tensors, *out))
+            self.rows.setdefault(label, Row(label, _flops(name, tensors, out), n_bytes)).calls += 1
         return result
 
     @contextmanager

@@ -102,7 +102,8 @@ def _switching_step(sd: engine.Engine, latents: Tensor) -> Callable[[], Tensor]:
 def _plan(sd: engine.Engine, customizations: Sequence[Any], latents: Tensor) -> tuple[Phase, State, Tensor]:
     """What a step needs, on a schedule whose next latents are the prediction itself."""
     n = len(customizations)
-    request = default_request(sd, PROMPT, customization=list(customizations), images_per_prompt=n, seed=[0] * n)
+    options = {"images_per_prompt": n, "seed": [0] * n, "guidance_scale": GUIDANCE}
+    request = default_request(sd, PROMPT, customization=list(customizations), **options)
     (plan,) = make_plans(request, 1, sd.text_encoder, sd._encode, sd._project, sd.device)
     zero, one = torch.zeros(1, 1, device=sd.device), torch.ones(1, 1, device=sd.device)
     coefficients = Coefficients(input_scale=one[0], state=zero[None], model=one, noise=zero)
@@ -131,7 +132,7 @@ def parameter_bytes(*models: torch.nn.Module) -> int:
 def default_request(sd: engine.Engine, prompt: str, **changes: Any) -> Request:
     """The request that ``sd.generate(prompt, **changes)`` makes."""
     defaults = engine.Engine.generate.__wrapped__.__kwdefaults__  # no_grad wraps the method
-    return make_request(sd._limits, prompt=prompt, **({**defaults, "guidance_scale": GUIDANCE} | changes))
+    return make_request(sd._limits, prompt=prompt, **(defaults | changes))
 
 
 def _text_widths(sd: engine.Engine) -> dict[str, int]:

@@ -20,7 +20,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conftest import Keep
-from benchmarks.ops import KERNELS, ROWS, call, cases, random
+from benchmarks.ops import KERNELS, ROWS, call, cases, random, relative_error
 from benchmarks.peers import diffusers_compile, diffusers_eager, diffusers_xformers
 from benchmarks.systems import (
     CONCEPT_SETS,
@@ -31,7 +31,6 @@ from benchmarks.systems import (
     full_size_folder,
     twinstream,
 )
-from benchmarks.test_ops import relative_error
 from benchmarks.turns import milliseconds, take_turns
 from engine.checkpoint import EMBEDDED_MODEL
 from engine.kernels.layer_norm_geglu import layer_norm_geglu_unfused
@@ -127,8 +126,8 @@ def _name(dtype: torch.dtype) -> str:
 
 def _compare(
     benchmark: Any, keep: Keep, suite: Suite, dtype: torch.dtype, case: str, rows: int, systems: list[System]
-) -> dict[str, list[float]]:
-    """One case of several systems, ours first; returns the seconds of each round."""
+) -> None:
+    """One case of several systems, ours first."""
     runs = {system.name: system.cases[case] for system in systems if case in system.cases}
     with torch.no_grad():
         first = {s.name: _first_run(runs[s.name], s, suite.device) for s in systems if s.name in runs}
@@ -153,7 +152,6 @@ def _compare(
         ]
     )
     _check(errors)
-    return seconds
 
 
 def _check(errors: Mapping[str, float]) -> None:

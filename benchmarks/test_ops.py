@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from benchmarks.conftest import Keep
-from benchmarks.ops import ROWS, call, cases, products, random
+from benchmarks.ops import ROWS, call, cases, products, random, relative_error
 from benchmarks.turns import milliseconds, take_turns
 from engine.native import levels, native_ops
 from engine.ops import TORCH
@@ -63,7 +63,3 @@ def test_ceilings(benchmark: Any, keep: Keep, dtype: str) -> None:
 def wide(argument: Any) -> Any:
     """The argument in float64."""
     return argument.double() if isinstance(argument, Tensor) and argument.is_floating_point() else argument
-
-
-def relative_error(actual: Tensor, exact: Tensor) -> float:
-    return float((actual.double() - exact.double()).norm() / exact.double().norm())

@@ -13,6 +13,7 @@ import pytest
 import torch
 
 from benchmarks.conftest import Keep
+from benchmarks.ops import relative_error
 from benchmarks.peers import diffusers_compile, diffusers_eager
 from benchmarks.systems import CONCEPT_SETS, FULL_SIZE, System, full_size_folder, twinstream
 from benchmarks.turns import milliseconds, take_turns
@@ -59,7 +60,7 @@ def _compare(benchmark: Any, keep: Keep, model: str, case: str, dtype: str, roun
     runs = {system.name: system.cases[case] for system in systems}
     with torch.no_grad():
         exact = _exact(model, case)
-        errors = {name: float((run().double() - exact).norm() / exact.norm()) for name, run in runs.items()}
+        errors = {name: relative_error(run(), exact) for name, run in runs.items()}
         seconds = take_turns(benchmark, runs.pop("twinstream"), runs, rounds)
     if case.endswith(f"_{CONCEPT_SETS}"):
         case += "_per_concept"

@@ -219,8 +219,8 @@ void attend(const T* q, const T* k, const T* v, T* out, void* scratch, const Att
     for (int64_t task = 0; task < n.B * n.H * tiles; task++) {
       const int64_t head = task / tiles, b = head / n.H, h = head % n.H;
       const E* keys = packed + head * head_size;
-      op.tile(q + b * n.N * n.q_row + h * n.D, keys, keys + op.keys_size, out + b * n.N * op.width + h * n.D, task % tiles * kRows, sums,
-              [&](auto... row) { visit(b, h, row...); });
+      op.tile(q + b * n.N * n.q_row + h * n.D, keys, keys + op.keys_size, out + b * n.N * op.width + h * n.D,
+              task % tiles * kRows, sums, [&](auto... row) { visit(b, h, row...); });
     }
   }
 }

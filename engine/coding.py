@@ -10,6 +10,7 @@ from torch import Tensor
 
 from .errors import NonFiniteError, OutOfMemoryError
 from .graphs import Graphs
+from .memory import with_retry
 from .vae import AutoencoderKL
 
 _Part = Callable[[AutoencoderKL, bool], tuple[Tensor, ...]]  # with slicing or not
@@ -42,9 +43,10 @@ class PictureCoder:
 
     def decode(self, latents: Tensor, slicing: bool, tiling: bool) -> Tensor:
         """``AutoencoderKL.decode``; raises as ``posterior`` does."""
-        return self._run("decoder", slicing, tiling, lambda vae, sliced: (self.pixels(vae, latents, sliced, tiling),))[
-            0
-        ]
+        (decoded,) = self._run(
+            "decoder", slicing, tiling, lambda vae, sliced: (self.pixels(vae, latents, sliced, tiling),)
+        )
+        return decoded
 
     def pixels(self, vae: AutoencoderKL, latents: Tensor, slicing: bool, tiling: bool) -> Tensor:
         """``vae.decode`` without checks, through a graph where there are graphs and nothing is tiled."""
@@ -74,14 +76,12 @@ class PictureCoder:
     def _within_memory(
         self, part: str, vae: AutoencoderKL, slicing: bool, tiling: bool, run: _Part
     ) -> tuple[Tensor, ...]:
+        def free() -> None:
+            self.free()
+            warnings.warn(f"the VAE {part} ran out of memory; trying picture by picture", RuntimeWarning, stacklevel=9)
+
         try:
-            return run(vae, slicing)
-        except torch.OutOfMemoryError:
-            pass  # its tensors are gone with the traceback
-        self.free()
-        warnings.warn(f"the VAE {part} ran out of memory; trying picture by picture", RuntimeWarning, stacklevel=7)
-        try:
-            return run(vae, True)
+            return with_retry(lambda: run(vae, slicing), free, lambda: run(vae, True))
         except torch.OutOfMemoryError as error:
             shortage = error.with_traceback(None)  # which would keep the attempt's tensors
         self.free()

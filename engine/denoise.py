@@ -135,9 +135,10 @@ def denoise(
         how = run if observe is None and observe_masks is None else run_eagerly
         name = f"step of {len(phase.trajectories)} rows, latents {x.shape[2]}x{x.shape[3]}"
         for _ in range(plan.steps):
-            fresh = torch.zeros_like(x) if table.noise_draws else None
             if i < table.noise_draws:
                 fresh = noise[i][plan.starts]
+            else:  # LCM's last step draws none, but is run like those that do
+                fresh = torch.zeros_like(x) if table.noise_draws else None
             state = State(x, history, torch.full_like(plan.starts, i), fresh)
             x, history, whole = how(name, one_step, phase, state)
             finite[i] = whole.all()

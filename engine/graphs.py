@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import threading
 import time
-from collections.abc import Callable, Hashable
+from collections.abc import Callable, Hashable, Iterator
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -118,7 +118,7 @@ class Graphs:
     def __call__(self, name: str, function: Function, constants: Any, inputs: Any) -> Any:
         """The function's results, which stay the caller's own."""
         key = (name, signature(constants), signature(inputs))
-        with self._lock, torch.cuda.device_of(_tensors(inputs)[0]):
+        with self._lock, torch.cuda.device_of(next(_tensors(inputs))):
             if self._done is not None:  # a thread on another stream may have come before
                 torch.cuda.current_stream().wait_event(self._done)
             graph = self._graphs.pop(key, None) or self._capture(name, function, constants, inputs)
@@ -175,10 +175,15 @@ def changed(tree: Any, change: Callable[[Tensor], Tensor]) -> Any:
     return tuple(changed(item, change) for item in tree) if isinstance(tree, tuple) else tree
 
 
-def _tensors(tree: Any) -> list[Tensor]:
-    found: list[Tensor] = []
-    changed(tree, lambda x: found.append(x) or x)
-    return found
+def _tensors(tree: Any) -> Iterator[Tensor]:
+    if isinstance(tree, Tensor):
+        yield tree
+    elif is_dataclass(tree):
+        for field in fields(tree):
+            yield from _tensors(getattr(tree, field.name))
+    elif isinstance(tree, tuple):
+        for item in tree:
+            yield from _tensors(item)
 
 
 def _write(buffers: Any, values: Any) -> None:

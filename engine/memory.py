@@ -13,14 +13,14 @@ from .unet import UNet2DConditionModel
 T = TypeVar("T")
 
 
-def with_retry(run: Callable[[], T], free: Callable[[], None]) -> T:
-    """``run()``, and once more after ``free()`` if memory runs out."""
+def with_retry(run: Callable[[], T], free: Callable[[], None], again: Callable[[], T] | None = None) -> T:
+    """``run()``; if memory runs out, ``free()`` and then ``again()``, or the same once more."""
     try:
         return run()
     except torch.OutOfMemoryError:
         pass  # freed below, when this attempt's tensors are gone with its traceback
     free()
-    return run()
+    return run() if again is None else again()
 
 
 def rows_that_fit(unet: UNet2DConditionModel, height: int, width: int) -> int:

@@ -7,6 +7,7 @@ a second copy would only take memory.
 
 from __future__ import annotations
 
+from functools import cache
 from typing import Any
 
 import torch
@@ -20,6 +21,7 @@ _FEW_POSITIONS = 512  # of the whole batch: SD v1.5's two rows of 16x16
 _FEW_PRODUCTS = 1 << 22  # of a linear layer, for which calling oneDNN takes longer than MKL does in float32
 
 
+@cache
 def can_pack(dtype: torch.dtype) -> bool:
     """Whether oneDNN has its own layouts for this dtype on this processor."""
     if dtype == torch.bfloat16:

@@ -7,6 +7,7 @@ import diffusers
 import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
+import engine
 from engine.checkpoint import EMBEDDED_MODEL
 
 SCHEDULER: dict[str, Any] = {
@@ -144,3 +145,10 @@ def encode(pipeline: Any, prompt: str) -> torch.Tensor:
         prompt, padding="max_length", max_length=77, truncation=True, return_tensors="pt"
     ).input_ids
     return pipeline.text_encoder(ids)[0]
+
+
+def random_concept(sd: engine.Engine, seed: int = 0) -> engine.Concept:
+    """A text-space Infusion concept of a cat, of unit normal residuals."""
+    generator = torch.Generator().manual_seed(seed)
+    widths = {name: attn2.to_v.in_features for name, attn2 in sd.unet.cross_attentions.items()}
+    return engine.Concept("cat", {name: torch.randn(width, generator=generator) for name, width in widths.items()})

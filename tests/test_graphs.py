@@ -20,6 +20,7 @@ from engine.engine import Engine
 from engine.graphs import Graphs, run_eagerly, signature
 from engine.rows import make_plans
 from engine.samplers import make_table
+from tests.pipelines import random_concept
 
 
 def _trace(function: Callable[[], Any]) -> tuple[Callable[[], None], Any]:
@@ -47,12 +48,6 @@ def graphed(plain: Engine) -> Engine:
     return Engine(*parts, Graphs(lambda: _trace))
 
 
-def _concept(sd: Engine, seed: int) -> engine.Concept:
-    generator = torch.Generator().manual_seed(seed)
-    widths = {name: attn2.to_v.in_features for name, attn2 in sd.unet.cross_attentions.items()}
-    return engine.Concept("cat", {name: torch.randn(width, generator=generator) for name, width in widths.items()})
-
-
 def _draw(sd: Engine, prompt: str = "a cat", **options: Any) -> torch.Tensor:
     options = {"steps": 4, "seed": 0, "output": "latent", "progress": False} | options
     return sd.generate(prompt, **options).latents
@@ -78,7 +73,7 @@ def test_what_changes_in_value_captures_nothing(plain: Engine, graphed: Engine) 
 def test_concepts_switch_without_a_capture(plain: Engine, graphed: Engine) -> None:
     drawn = []
     for seed in (0, 1, 0):
-        custom = {"customization": engine.Infusion([_concept(plain, seed)])}
+        custom = {"customization": engine.Infusion([random_concept(plain, seed)])}
         drawn.append(_draw(graphed, **custom))
         torch.testing.assert_close(drawn[-1], _draw(plain, **custom), rtol=1e-4, atol=1e-4)
     assert len(graphed.graphs) == 1
@@ -213,7 +208,7 @@ def test_graphs_need_a_gpu(small_folder: Any) -> None:
 def test_captured_graphs(small_folder: Any, backend: str) -> None:
     eager, captured = (engine.load(small_folder, device="cuda", backend=backend, graphs=on) for on in (False, True))
     for seed in (0, 1):
-        for custom in (None, engine.Infusion([_concept(eager, seed)]), engine.DCI("cat", "dog", fraction=0.5)):
+        for custom in (None, engine.Infusion([random_concept(eager, seed)]), engine.DCI("cat", "dog", fraction=0.5)):
             drawn = [_draw(sd, customization=custom, seed=seed).float() for sd in (eager, captured)]
             assert float((drawn[0] - drawn[1]).norm() / drawn[0].norm()) < 1e-2
     assert len(captured.graphs.captured) == 4  # plain, Infusion, and DCI's first phase; its second is plain

@@ -17,13 +17,7 @@ from engine.config import UNetConfig
 from engine.rows import make_plans
 from engine.text import Text
 from engine.unet import UNet2DConditionModel
-from tests.pipelines import SD_V1_5_UNET
-
-
-def _concept(sd: engine.Engine, seed: int = 0) -> engine.Concept:
-    generator = torch.Generator().manual_seed(seed)
-    widths = {name: attn2.to_v.in_features for name, attn2 in sd.unet.cross_attentions.items()}
-    return engine.Concept("cat", {name: torch.randn(width, generator=generator) for name, width in widths.items()})
+from tests.pipelines import SD_V1_5_UNET, random_concept
 
 
 def _flops(unet: UNet2DConditionModel, n_own: int, n_followers: int) -> int:
@@ -135,7 +129,12 @@ class _Shapes(TorchDispatchMode):
 def test_no_map_is_written(small: engine.Engine) -> None:
     with _Shapes() as seen:
         small.generate(
-            "a cat", customization=engine.Infusion([_concept(small)]), steps=1, seed=0, output="latent", progress=False
+            "a cat",
+            customization=engine.Infusion([random_concept(small)]),
+            steps=1,
+            seed=0,
+            output="latent",
+            progress=False,
         )
     n_positions = {64, 16}  # of the small model's layers
     maps = [shape for shape in seen.shapes if len(shape) >= 2 and shape[-1] in (77, 80) and shape[-2] in n_positions]
@@ -154,7 +153,7 @@ class _KnownText:
 
 
 def test_concepts_switch_at_once(small: engine.Engine) -> None:
-    concepts = [_concept(small, seed) for seed in range(1000)]
+    concepts = [random_concept(small, seed) for seed in range(1000)]
     text, known = _KnownText(small.text_encoder), small._encode([Text(""), Text("a cat")])
     request = default_request(small, "a cat", customization=engine.Infusion(concepts[:1]))
     for concept in concepts:

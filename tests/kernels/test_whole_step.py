@@ -8,14 +8,9 @@ import torch
 import engine
 from benchmarks.ops import KERNELS
 from engine.ops import TORCH
+from tests.pipelines import random_concept
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
-
-
-def _concept(sd: engine.Engine) -> engine.Concept:
-    generator = torch.Generator().manual_seed(0)
-    widths = {name: attn2.to_v.in_features for name, attn2 in sd.unet.cross_attentions.items()}
-    return engine.Concept("cat", {name: torch.randn(width, generator=generator) for name, width in widths.items()})
 
 
 def test_every_method_in_one_batch(small_folder: Any) -> None:
@@ -25,7 +20,7 @@ def test_every_method_in_one_batch(small_folder: Any) -> None:
         if hasattr(module, "ops"):
             module.ops = replace(KERNELS, attention=TORCH.attention) if module is vae_attention else KERNELS
     kernels.unet.compose()
-    customization = [None, engine.Infusion([_concept(eager)]), engine.DCI("cat", "dog", fraction=1.0)]
+    customization = [None, engine.Infusion([random_concept(eager)]), engine.DCI("cat", "dog", fraction=1.0)]
     options = {"steps": 1, "seed": 0, "output": "numpy", "progress": False, "images_per_prompt": 3}
     expected, actual = (sd.generate("a cat", customization=customization, **options) for sd in (eager, kernels))
     assert float((actual.latents - expected.latents).norm() / expected.latents.norm()) < 2e-5
