@@ -1,7 +1,7 @@
 """Native kernels (csrc/), built where there is a compiler; everything else is declared in pyproject.toml.
 
 They know neither Python's nor torch's binary interface: plain shared libraries, one per instruction set, that
-``engine/native.py`` loads. Without a C++20 compiler the installation succeeds without them.
+``engine/backends/native.py`` loads. Without a C++20 compiler the installation succeeds without them.
 """
 
 import platform
@@ -40,7 +40,7 @@ class BuildNative(build_ext):
 setup(
     ext_modules=[
         Extension(
-            f"engine._native_{level}",
+            f"engine.backends._native_{level}",
             ["csrc/kernels.cpp"],
             depends=[str(header) for header in sorted(Path("csrc").glob("*.h"))],
             extra_compile_args=[*_FLAGS, *flags],

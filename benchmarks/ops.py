@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from engine.backends.ops import Ops
 from engine.kernels.attention import attention_triton
 from engine.kernels.cross_attention import cross_attention_triton
 from engine.kernels.dbim import dbim_triton
@@ -19,7 +20,6 @@ from engine.kernels.layer_norm_linear import layer_norm_linear_triton
 from engine.kernels.linear_add import linear_add_triton
 from engine.kernels.residual_add import residual_add_triton
 from engine.kernels.residual_apply import residual_apply_triton
-from engine.ops import Ops
 
 ROWS = 2
 _TEXT, _HEADS, _GATES = 77, 8, (1.0, 10.0, 10.0, 500.0)

@@ -33,7 +33,7 @@ from benchmarks.systems import (
     parameter_bytes,
     start_latents,
 )
-from engine.dci import PRESETS
+from engine.methods.dci import PRESETS
 
 
 class _Loaded:

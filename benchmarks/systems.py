@@ -16,11 +16,11 @@ import torch
 from torch import Tensor
 
 import engine
-from engine.denoise import Phase, State, guided_step, make_phase
-from engine.graphs import run_eagerly
-from engine.request import Request, make_request
-from engine.rows import make_plans
-from engine.samplers import Coefficients
+from engine.backends.graphs import run_eagerly
+from engine.sampling.loop import Phase, State, guided_step, make_phase
+from engine.sampling.plan import make_plans
+from engine.sampling.request import Request, make_request
+from engine.sampling.samplers import Coefficients
 
 STEPS, GUIDANCE = 20, 7.5
 FULL_SIZE = Path(tempfile.gettempdir()) / "sd15-random"
@@ -163,7 +163,7 @@ def full_size_folder(folder: Path) -> Path:
         return folder
     from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
-    from engine.checkpoint import ASSETS
+    from engine.weights.checkpoint import ASSETS
 
     torch.manual_seed(0)
     attention_down, attention_up = ("CrossAttnDownBlock2D",) * 3, ("CrossAttnUpBlock2D",) * 3

@@ -32,9 +32,9 @@ from benchmarks.systems import (
     twinstream,
 )
 from benchmarks.turns import milliseconds, take_turns
-from engine.checkpoint import EMBEDDED_MODEL
+from engine.backends.ops import TORCH
 from engine.kernels.layer_norm_geglu import layer_norm_geglu_unfused
-from engine.ops import TORCH
+from engine.weights.checkpoint import EMBEDDED_MODEL
 
 _METHOD_ROWS = {
     "infusion_parallel_1": 4,

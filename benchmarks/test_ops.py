@@ -11,8 +11,8 @@ from torch import Tensor
 from benchmarks.conftest import Keep
 from benchmarks.ops import ROWS, call, cases, products, random, relative_error
 from benchmarks.turns import milliseconds, take_turns
-from engine.native import levels, native_ops
-from engine.ops import TORCH
+from engine.backends.native import levels, native_ops
+from engine.backends.ops import TORCH
 
 pytestmark = pytest.mark.skipif(not levels(), reason="native kernels are not built here")
 

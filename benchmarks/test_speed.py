@@ -17,7 +17,7 @@ from benchmarks.ops import relative_error
 from benchmarks.peers import diffusers_compile, diffusers_eager
 from benchmarks.systems import CONCEPT_SETS, FULL_SIZE, System, full_size_folder, twinstream
 from benchmarks.turns import milliseconds, take_turns
-from engine.checkpoint import EMBEDDED_MODEL
+from engine.weights.checkpoint import EMBEDDED_MODEL
 
 _CASES = ("guided_step", "vae_decode", "generate_20")
 _COMPILED = _CASES[:2]  # which torch.compile runs too

@@ -1,4 +1,4 @@
-// The C interface. setup.py compiles this file into a library per instruction set, and engine/native.py loads the best
+// The C interface. setup.py compiles this file into a library per instruction set, and engine/backends/native.py loads the best
 // one that the processor runs. ``is_bfloat16`` says what pointers without a type point at; else it is float.
 #include "attention.h"
 #include "dbim.h"

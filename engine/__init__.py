@@ -9,35 +9,35 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .concept import Concept
-    from .dci import DCI
     from .engine import Engine, UnknownArgumentError
     from .errors import CheckpointError, ConceptFileError, NonFiniteError, OutOfMemoryError
-    from .ico import ICO
-    from .imports import import_custom_diffusion, import_textual_inversion
-    from .infusion import Infusion
     from .loading import generate, load
+    from .methods.concept import Concept
+    from .methods.dci import DCI
+    from .methods.foreign import import_custom_diffusion, import_textual_inversion
+    from .methods.ico import ICO
+    from .methods.infusion import Infusion
     from .result import Result
-    from .samplers import SAMPLERS
+    from .sampling.samplers import SAMPLERS
     from .train.ico import train_ico
     from .train.infusion import train_infusion
 
 _HOMES = {
-    "SAMPLERS": "samplers",
+    "SAMPLERS": "sampling.samplers",
     "CheckpointError": "errors",
-    "Concept": "concept",
+    "Concept": "methods.concept",
     "ConceptFileError": "errors",
-    "DCI": "dci",
+    "DCI": "methods.dci",
     "Engine": "engine",
-    "ICO": "ico",
-    "Infusion": "infusion",
+    "ICO": "methods.ico",
+    "Infusion": "methods.infusion",
     "NonFiniteError": "errors",
     "OutOfMemoryError": "errors",
     "Result": "result",
     "UnknownArgumentError": "engine",
     "generate": "loading",
-    "import_custom_diffusion": "imports",
-    "import_textual_inversion": "imports",
+    "import_custom_diffusion": "methods.foreign",
+    "import_textual_inversion": "methods.foreign",
     "load": "loading",
     "train_ico": "train.ico",
     "train_infusion": "train.infusion",

@@ -261,7 +261,7 @@ def _customization(arguments: argparse.Namespace) -> Any:
 
 def _save_grid(out: Result, path: Path) -> Path:
     """All pictures in rows; those that have a foundation stand to the right of its picture."""
-    from .grid import grid
+    from .observe.sheet import grid
 
     bases = out.foundation_images or [None] * len(out.images)
     pairs = [(image,) if base is None else (base, image) for base, image in zip(bases, out.images, strict=True)]
@@ -274,7 +274,7 @@ def _save_grid(out: Result, path: Path) -> Path:
 def _info(arguments: argparse.Namespace) -> int:
     import torch
 
-    from .native import levels
+    from .backends.native import levels
 
     rows = [("twinstream", __version__), ("python", platform.python_version())]
     rows += [(name, _version(name)) for name in _PACKAGES]

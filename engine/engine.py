@@ -15,27 +15,27 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .attention import Recorder
-from .coding import PictureCoder
-from .concept import Concept
-from .config import ScheduleConfig
-from .dci import DCI
-from .denoise import denoise
+from .backends.graphs import CAPTURING, Graphs, Warmup, run_eagerly
+from .backends.ops import Ops
 from .errors import NonFiniteError
-from .graphs import CAPTURING, Graphs, Warmup, run_eagerly
-from .ico import Changes, TextKV, encode_texts, fit_changes
-from .infusion import fingerprint, project
-from .masks import MaskRecorder
-from .memory import out_of_memory, with_retry
-from .ops import Ops
-from .progress import StageClock, Steps
-from .request import Callback, Customization, ModelLimits, Picture, Request, make_request
+from .methods.concept import Concept
+from .methods.dci import DCI
+from .methods.ico import Changes, TextKV, encode_texts, fit_changes
+from .methods.infusion import fingerprint, project
+from .models.config import ScheduleConfig
+from .models.unet import UNet2DConditionModel
+from .models.vae import AutoencoderKL
+from .observe.masks import MaskRecorder
+from .observe.progress import StageClock, Steps
+from .observe.word_maps import Recorder
 from .result import Result
-from .rows import RowPlan, make_plans
-from .samplers import SamplerTable, make_table
-from .text import Text, TextEncoder
-from .unet import UNet2DConditionModel
-from .vae import AutoencoderKL
+from .sampling.loop import denoise
+from .sampling.out_of_memory import out_of_memory, with_retry
+from .sampling.plan import RowPlan, make_plans
+from .sampling.request import Callback, Customization, ModelLimits, Picture, Request, make_request
+from .sampling.samplers import SamplerTable, make_table
+from .sampling.vae_runner import PictureCoder
+from .text.encoder import Text, TextEncoder
 
 _AUXILIARY_SEED = 2**63  # added to an image's seed for the independent noise of its auxiliary branch
 

@@ -10,19 +10,19 @@ from typing import Any
 
 import torch
 
-from .checkpoint import Checkpoint, open_checkpoint
+from .backends.graphs import CudaCapture, Graphs
+from .backends.native import DTYPES, levels, native_ops
+from .backends.ops import TORCH, TRITON, Ops
+from .backends.packed_weights import pack_convolutions
 from .checks import check_choice
 from .engine import Engine
 from .errors import CheckpointError
-from .graphs import CudaCapture, Graphs
-from .native import DTYPES, levels, native_ops
-from .ops import TORCH, TRITON, Ops
-from .packing import pack_convolutions
+from .models.unet import UNet2DConditionModel
+from .models.vae import AutoencoderKL
 from .result import Result
-from .text import TextEncoder
-from .unet import UNet2DConditionModel
-from .vae import AutoencoderKL
-from .weights import load_module
+from .text.encoder import TextEncoder
+from .weights.checkpoint import Checkpoint, open_checkpoint
+from .weights.tensors import load_module
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 _BACKENDS = ("auto", "torch", "native", "triton")

@@ -12,8 +12,8 @@ from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 from torch import Tensor
 
-from .attention import AttentionMaps
-from .masks import BranchMasks
+from .observe.masks import BranchMasks
+from .observe.word_maps import AttentionMaps
 from .version import __version__
 
 _A1111_SAMPLERS = {

@@ -8,7 +8,7 @@ import torch
 from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
 
 import engine
-from engine.checkpoint import EMBEDDED_MODEL
+from engine.weights.checkpoint import EMBEDDED_MODEL
 
 SCHEDULER: dict[str, Any] = {
     "beta_start": 0.00085,

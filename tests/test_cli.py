@@ -5,8 +5,8 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
+from engine.backends.native import levels
 from engine.cli import main
-from engine.native import levels
 
 
 def test_generate(small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

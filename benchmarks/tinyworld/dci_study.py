@@ -26,11 +26,11 @@ from benchmarks.systems import default_request
 from benchmarks.tinyworld.backgrounds import BACKGROUNDS
 from benchmarks.tinyworld.concepts import CONCEPTS, reference_pictures
 from benchmarks.tinyworld.studies import GUIDANCE_SCALE, STEPS, Judge, prompts, side_by_side
-from engine.dci import PRESETS
-from engine.denoise import denoise
-from engine.grid import grid
-from engine.rows import make_plans
-from engine.samplers import make_table
+from engine.methods.dci import PRESETS
+from engine.observe.sheet import grid
+from engine.sampling.loop import denoise
+from engine.sampling.plan import make_plans
+from engine.sampling.samplers import make_table
 
 STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)

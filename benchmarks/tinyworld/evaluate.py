@@ -21,11 +21,11 @@ from benchmarks.tinyworld.captions import FACING_NOUNS, full_prompt
 from benchmarks.tinyworld.data import HELD_OUT_SEED, pictures_at, scene_at, to_tensor
 from benchmarks.tinyworld.evaluator import EVALUATOR_PATH, Attributes, Evaluator, load_evaluator
 from benchmarks.tinyworld.scene import Scene
-from engine.grid import grid
+from engine.observe.sheet import grid
 
 if TYPE_CHECKING:
     from engine import Engine
-    from engine.vae import AutoencoderKL
+    from engine.models.vae import AutoencoderKL
 
 FIRST_PROMPT = 20_000  # held-out scenes below are looked at while models are trained
 PROMPTED: tuple[str, ...] = ("object", "only_object", "colour", "background", "style", "all")

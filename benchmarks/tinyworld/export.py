@@ -16,7 +16,7 @@ from transformers import CLIPTokenizer
 
 from benchmarks.tinyworld.train_unet import SCHEDULER_CONFIG, TEXT_CONFIG, UNET_CONFIG, LatentStore
 from benchmarks.tinyworld.train_vae import VAE_CONFIG
-from engine.checkpoint import EMBEDDED_MODEL
+from engine.weights.checkpoint import EMBEDDED_MODEL
 
 _MODEL_INDEX = {
     "_class_name": "StableDiffusionPipeline",

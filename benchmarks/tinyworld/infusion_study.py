@@ -16,8 +16,8 @@ from benchmarks.machine import RESULTS, machine, write_result
 from benchmarks.tinyworld.backgrounds import BACKGROUNDS
 from benchmarks.tinyworld.concepts import CONCEPTS, reference_masks, reference_pictures
 from benchmarks.tinyworld.studies import GUIDANCE_SCALE, STEPS, Judge, side_by_side
-from engine.checkpoint import ASSETS
-from engine.grid import grid
+from engine.observe.sheet import grid
+from engine.weights.checkpoint import ASSETS
 
 SHIPPED = ASSETS / "concepts"
 

@@ -24,16 +24,16 @@ from benchmarks.tinyworld.grounding import MAX_THINGS, Words, place_loss, read_w
 from benchmarks.tinyworld.scene import Scene, silhouettes
 from benchmarks.tinyworld.train_vae import VAE_CONFIG
 from benchmarks.tinyworld.training import EMA, Optimizer, Run
-from engine.conditioning import Conditioning, Following
-from engine.config import ScheduleConfig, UNetConfig, VAEConfig
+from engine.backends.ops import TORCH
 from engine.engine import Engine
-from engine.grid import grid
 from engine.kernels.cross_attention import cross_attention_ref
-from engine.ops import TORCH
-from engine.schedule import alphas_cumprod
-from engine.text import TextEncoder
-from engine.unet import UNet2DConditionModel
-from engine.vae import AutoencoderKL
+from engine.models.conditioning import Conditioning, Following
+from engine.models.config import ScheduleConfig, UNetConfig, VAEConfig
+from engine.models.unet import UNet2DConditionModel
+from engine.models.vae import AutoencoderKL
+from engine.observe.sheet import grid
+from engine.sampling.schedule import alphas_cumprod
+from engine.text.encoder import TextEncoder
 
 UNET_CONFIG: dict[str, Any] = {
     "_class_name": "UNet2DConditionModel",

@@ -16,9 +16,9 @@ from torch import Tensor
 from benchmarks.tinyworld.data import HELD_OUT_SEED, pictures_at, to_images
 from benchmarks.tinyworld.evaluate import psnr_db, reconstruct
 from benchmarks.tinyworld.training import EMA, Optimizer, Run
-from engine.config import VAEConfig
-from engine.grid import grid
-from engine.vae import AutoencoderKL
+from engine.models.config import VAEConfig
+from engine.models.vae import AutoencoderKL
+from engine.observe.sheet import grid
 
 VAE_CONFIG: dict[str, Any] = {
     "_class_name": "AutoencoderKL",

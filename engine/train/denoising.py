@@ -10,13 +10,13 @@ import torch
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
+from ..backends.ops import TORCH
 from ..checks import check_integer
-from ..conditioning import Conditioning
 from ..engine import Engine
-from ..ops import TORCH
-from ..schedule import alphas_cumprod
-from ..transformer import Transformer2DModel
-from ..unet import UNet2DConditionModel, UNetResnet
+from ..models.conditioning import Conditioning
+from ..models.transformer import Transformer2DModel
+from ..models.unet import UNet2DConditionModel, UNetResnet
+from ..sampling.schedule import alphas_cumprod
 
 SAMPLE_SEEDS, SAMPLE_STEPS = (0, 1, 2, 3), 25  # of sample sheets
 

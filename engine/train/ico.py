@@ -13,12 +13,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_flag, check_integer, check_number
-from ..concept import Change, Concept
-from ..conditioning import Conditioning
 from ..engine import Engine
-from ..grid import grid
-from ..ico import ICO, TextKV
-from ..text import TextEncoder, Tokens
+from ..methods.concept import Change, Concept
+from ..methods.ico import ICO, TextKV
+from ..models.conditioning import Conditioning
+from ..observe.sheet import grid
+from ..text.encoder import TextEncoder, Tokens
 from .denoising import SAMPLE_SEEDS, SAMPLE_STEPS, Noiser, autocast, differentiable, training_size, weighted_mean
 from .loop import Callback, Options, run
 from .pictures import Pictures, make_generator

@@ -11,12 +11,12 @@ from PIL import Image
 from torch import Tensor, nn
 
 from ..checks import check_choice, check_flag, check_integer, check_number
-from ..concept import Concept
-from ..conditioning import Conditioning, Following
 from ..engine import Engine
-from ..grid import grid
-from ..infusion import Infusion, project_residual, residual_widths
-from ..text import find_noun
+from ..methods.concept import Concept
+from ..methods.infusion import Infusion, project_residual, residual_widths
+from ..models.conditioning import Conditioning, Following
+from ..observe.sheet import grid
+from ..text.encoder import find_noun
 from .denoising import SAMPLE_SEEDS, SAMPLE_STEPS, Noiser, autocast, differentiable, training_size, weighted_mean
 from .loop import Callback, Options, run
 from .pictures import Pictures, make_generator

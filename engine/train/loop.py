@@ -23,8 +23,8 @@ from torch import Tensor, nn
 from tqdm import tqdm
 
 from ..checks import check_flag, check_integer
-from ..concept_file import write_atomically
 from ..errors import NonFiniteError
+from ..methods.concept_file import write_atomically
 
 Callback = Callable[[int, int, float], bool | None]
 

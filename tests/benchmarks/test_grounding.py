@@ -9,7 +9,7 @@ from transformers import CLIPTokenizer
 from benchmarks.tinyworld.captions import phrase_starts
 from benchmarks.tinyworld.grounding import place_loss, read_words
 from benchmarks.tinyworld.scene import Scene, Thing
-from engine.checkpoint import EMBEDDED_MODEL
+from engine.weights.checkpoint import EMBEDDED_MODEL
 
 
 @pytest.mark.parametrize(

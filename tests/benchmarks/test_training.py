@@ -10,9 +10,9 @@ from benchmarks.tinyworld.data import pictures_at, scene_at, to_images
 from benchmarks.tinyworld.train_unet import LatentStore, training_attention
 from benchmarks.tinyworld.train_vae import VAE_CONFIG
 from benchmarks.tinyworld.training import EMA, Optimizer, Run
-from engine.config import VAEConfig
 from engine.kernels.attention import attention_ref
-from engine.vae import AutoencoderKL
+from engine.models.config import VAEConfig
+from engine.models.vae import AutoencoderKL
 
 
 def _parts() -> tuple[torch.nn.Linear, dict]:

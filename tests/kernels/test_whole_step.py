@@ -7,7 +7,7 @@ import torch
 
 import engine
 from benchmarks.ops import KERNELS
-from engine.ops import TORCH
+from engine.backends.ops import TORCH
 from tests.pipelines import random_concept
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"

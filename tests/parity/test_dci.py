@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import engine
-from engine.dci import make_branches, replace_phrase
+from engine.methods.dci import make_branches, replace_phrase
 from tests.parity.dci_reference import LiteralDCI, Side
 from tests.pipelines import relative_error, save_pipeline
 

@@ -11,9 +11,9 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 import engine
-from engine.concept import Change, Concept
-from engine.dci import make_branches
-from engine.text import Text
+from engine.methods.concept import Change, Concept
+from engine.methods.dci import make_branches
+from engine.text.encoder import Text
 from tests.parity.dci_reference import LiteralDCI, Side
 from tests.pipelines import relative_error, save_pipeline
 

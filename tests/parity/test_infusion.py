@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import engine
-from engine.text import find_noun
+from engine.text.encoder import find_noun
 from tests.parity.infusion_reference import LiteralInfusion, Residual
 from tests.pipelines import relative_error, save_pipeline
 

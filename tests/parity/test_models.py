@@ -4,9 +4,9 @@ import pytest
 import torch
 
 import engine
-from engine.config import UNetConfig, VAEConfig
-from engine.unet import UNet2DConditionModel
-from engine.vae import AutoencoderKL
+from engine.models.config import UNetConfig, VAEConfig
+from engine.models.unet import UNet2DConditionModel
+from engine.models.vae import AutoencoderKL
 from tests.pipelines import SHAPES, make_unet, make_vae, relative_error, save_pipeline
 
 _TOLERANCE = 2e-5

@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import engine
-from engine.samplers import SAMPLERS
+from engine.sampling.samplers import SAMPLERS
 from tests.pipelines import SCHEDULER, SCHEDULERS, SHAPES, relative_error, save_pipeline
 
 _TOLERANCE = 2e-4

@@ -4,8 +4,8 @@ import pytest
 import torch
 from torch import Tensor
 
-from engine.config import ScheduleConfig
-from engine.samplers import SAMPLERS, SamplerTable, make_table, step
+from engine.models.config import ScheduleConfig
+from engine.sampling.samplers import SAMPLERS, SamplerTable, make_table, step
 from tests.pipelines import SCHEDULER, SCHEDULERS, relative_error
 
 

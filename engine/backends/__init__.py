@@ -1,0 +1,1 @@
+"""Who computes: the record of ops, native kernels, packed weights, graphs."""

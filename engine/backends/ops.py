@@ -1,0 +1,63 @@
+"""The operations whose implementation depends on the backend, as one record chosen at load."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ..kernels.attention import attention, attention_ref
+from ..kernels.cross_attention import cross_attention, cross_attention_sdpa
+from ..kernels.dbim import dbim, dbim_ref
+from ..kernels.group_norm_silu import group_norm, group_norm_ref, group_norm_silu, group_norm_silu_ref
+from ..kernels.layer_norm_geglu import layer_norm_geglu, layer_norm_geglu_ref
+from ..kernels.layer_norm_linear import layer_norm_linear, layer_norm_linear_ref
+from ..kernels.linear_add import linear_add, linear_add_ref
+from ..kernels.residual_add import residual_add, residual_add_ref
+from ..kernels.residual_apply import residual_apply, residual_apply_ref
+
+
+@dataclass(frozen=True, slots=True)
+class Ops:
+    """Functions with the signatures of the eager references in ``kernels/``; ``residual_add`` may use up its ``x``."""
+
+    name: str
+    attention: Callable[[Tensor, Tensor, Tensor, int], Tensor]
+    cross_attention: Callable[[Tensor, Tensor, Tensor, Tensor, int], tuple[Tensor, Tensor]]
+    residual_apply: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor], Tensor]
+    dbim: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
+    group_norm: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
+    group_norm_silu: Callable[[Tensor, Tensor | None, Tensor, Tensor, int, float], Tensor]
+    residual_add: Callable[[Tensor, Tensor, Tensor], Tensor]
+    layer_norm_linear: Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor]
+    layer_norm_geglu: Callable[[Tensor, Tensor, Tensor, float, Tensor, Tensor], Tensor]
+    linear_add: Callable[..., Tensor]
+
+
+TORCH = Ops(
+    name="torch",
+    attention=attention_ref,
+    cross_attention=cross_attention_sdpa,
+    residual_apply=residual_apply_ref,
+    dbim=dbim_ref,
+    group_norm=group_norm_ref,
+    group_norm_silu=group_norm_silu_ref,
+    residual_add=residual_add_ref,
+    layer_norm_linear=layer_norm_linear_ref,
+    layer_norm_geglu=layer_norm_geglu_ref,
+    linear_add=linear_add_ref,
+)
+TRITON = Ops(
+    name="triton",
+    attention=attention,
+    cross_attention=cross_attention,
+    residual_apply=residual_apply,
+    dbim=dbim,
+    group_norm=group_norm,
+    group_norm_silu=group_norm_silu,
+    residual_add=residual_add,
+    layer_norm_linear=layer_norm_linear,
+    layer_norm_geglu=layer_norm_geglu,
+    linear_add=linear_add,
+)

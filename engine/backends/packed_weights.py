@@ -1,0 +1,117 @@
+"""Products on CPUs whose weights are kept in oneDNN's own layout too.
+
+oneDNN brings plain weights into the layout of its kernels at every call, which takes a fifth of the time of a linear
+layer, and of a convolution at few positions more than the convolution itself; at many positions it does not matter, and
+a second copy would only take memory.
+"""
+
+from __future__ import annotations
+
+from functools import cache
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torch.utils.weak import WeakTensorKeyDictionary
+
+from ..models.layers import PointwiseConv2d
+
+_FEW_POSITIONS = 512  # of the whole batch: SD v1.5's two rows of 16x16
+_FEW_PRODUCTS = 1 << 22  # of a linear layer, for which calling oneDNN takes longer than MKL does in float32
+
+
+@cache
+def can_pack(dtype: torch.dtype) -> bool:
+    """Whether oneDNN has its own layouts for this dtype on this processor."""
+    if dtype == torch.bfloat16:
+        return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
+    return torch.backends.mkldnn.is_available() and dtype == torch.float32
+
+
+def pack_convolutions(model: nn.Module) -> None:
+    """Replace the convolutions of a model by ones with the same parameters."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d):
+                is_pointwise = isinstance(child, PointwiseConv2d)
+                setattr(module, name, PackedPointwiseConv2d(child) if is_pointwise else PackedConv2d(child))
+
+
+class PackedLinear:
+    """Linear layers that pack a weight when they first meet it, and again after a change of it."""
+
+    def __init__(self) -> None:
+        self._packed: Any = WeakTensorKeyDictionary()  # version and packed weight, as long as the weight lives
+
+    def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
+        """``F.linear`` of a contiguous ``x``; a pointwise convolution's weight is one too."""
+        if not can_pack(x.dtype) or not _is_worth_packing(x.numel() // x.shape[-1], weight):
+            return F.linear(x, weight.flatten(1), bias)
+        version, packed = self._packed.get(weight, (None, None))
+        if version != _version(weight):
+            packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), x.numel() // x.shape[-1])
+            self._packed[weight] = _version(weight), packed
+        return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
+
+
+class PackedConv2d(nn.Module):
+    """A convolution that packs its weight when it first meets few positions, and again after a change of the weight."""
+
+    def __init__(self, conv: nn.Conv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.stride, self.padding = conv.stride, conv.padding
+        self._packed: tuple[Tensor, int, Tensor] | None = None  # of which weight, in which version
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(B, C_in, h, w) to channels-last (B, C_out, h', w')."""
+        return self._convolve(x, self.bias)
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        return self._convolve(x, None)
+
+    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
+        if x.shape[0] * x.shape[2] * x.shape[3] > _FEW_POSITIONS or not can_pack(x.dtype):
+            return F.conv2d(x, self.weight, bias, self.stride, self.padding)
+        x = x.contiguous(memory_format=torch.channels_last)
+        geometry = (self.padding, self.stride, (1, 1), 1)
+        weight, packed = self.weight, self._packed
+        if packed is None or packed[0] is not weight or packed[1] != _version(weight):
+            reordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, x.shape)
+            self._packed = packed = (weight, _version(weight), reordered)
+        return torch.ops.mkldnn._convolution_pointwise(x, packed[2], bias, *geometry, "none", [], "")
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"_packed": None}  # opaque: cannot be copied or pickled
+
+
+class PackedPointwiseConv2d(nn.Module):
+    """A ``PointwiseConv2d`` with the same parameters and a packed weight."""
+
+    def __init__(self, conv: PointwiseConv2d) -> None:
+        super().__init__()
+        self.weight, self.bias = conv.weight, conv.bias
+        self.linear = PackedLinear()
+
+    def forward(self, x: Tensor) -> Tensor:
+        """Over the last axis of (..., C_in)."""
+        return self.linear(x, self.weight, self.bias)
+
+    def __getstate__(self) -> dict[str, Any]:
+        return self.__dict__ | {"linear": PackedLinear()}
+
+
+def _is_worth_packing(rows: int, weight: Tensor) -> bool:
+    """Whether a packed linear layer gains enough: in float32, which takes twice the memory, not all of them do.
+
+    Those of few products are faster in MKL; at few rows, those to no more channels than they have gain least.
+    """
+    n_out, n_in = weight.shape[:2]
+    if weight.dtype == torch.bfloat16:
+        return True
+    return rows * n_out * n_in >= _FEW_PRODUCTS and (rows > _FEW_POSITIONS or n_out > n_in)
+
+
+def _version(weight: Tensor) -> int:
+    return 0 if weight.is_inference() else weight._version

@@ -1,0 +1,1 @@
+"""Customisations as data: concepts, Infusion, ICO, DCI."""

@@ -1,0 +1,103 @@
+"""Concepts from other programs' files: textual inversion and Custom Diffusion, both data on the text side."""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import torch
+from safetensors import SafetensorError, safe_open
+from torch import Tensor
+
+from ..engine import Engine
+from ..errors import ConceptFileError
+from .concept import Change, Concept
+
+_MAX_BYTES = 256_000_000
+_A1111_NAME = "emb_params"
+_TUNED = re.compile(r"^(?:unet\.)?(.+\.attn2)\.processor\.(to_[kv])_custom_diffusion\.weight$")
+
+
+def import_textual_inversion(path: str | Path, noun: str = "", placeholder: str | None = None) -> Concept:
+    """Read a textual-inversion embedding (Gal et al. 2022, arXiv:2208.01618) as a concept.
+
+    Args:
+        path: a .safetensors file of diffusers (one tensor, named by its token) or of A1111 ("emb_params").
+        noun: class noun that prompts write behind the placeholder, if any.
+        placeholder: what prompts will write; the token in the file, or the file's stem, where not given.
+
+    Raises:
+        ConceptFileError: the file is a pickle, or holds something else.
+    """
+    path = Path(path)
+    tensors = _read(path)
+    if len(tensors) != 1:
+        raise ConceptFileError(f"{path}: an embedding must be one tensor, found {sorted(tensors)[:5]}")
+    ((token, vectors),) = tensors.items()
+    if placeholder is None:
+        placeholder = path.stem if token == _A1111_NAME else token
+    try:
+        return Concept(noun, tokens=torch.atleast_2d(vectors.float()), placeholder=placeholder, name=path.stem)
+    except ValueError as error:
+        raise ConceptFileError(f"{path}: {error}") from error
+
+
+def import_custom_diffusion(
+    sd: Engine, path: str | Path, noun: str, embedding: str | Path | None = None, placeholder: str | None = None
+) -> Concept:
+    """Read Custom Diffusion weights (Kumari et al. 2023, arXiv:2212.04488) as changes of keys and values.
+
+    Args:
+        sd: the model they were tuned from: the file holds whole weights, and a concept the difference.
+        path: diffusers' ``pytorch_custom_diffusion_weights.safetensors``.
+        noun: the class noun.
+        embedding: the file of its modifier token, if it has one; see ``import_textual_inversion``.
+        placeholder: what prompts will write for that token; the token itself where not given.
+
+    Raises:
+        ConceptFileError: the file is a pickle, belongs to another model, or tunes more than keys and values.
+    """
+    path = Path(path)
+    changes = dict[str, Change]()
+    for name, weight in _read(path).items():
+        found = _TUNED.match(name)
+        if found is None:
+            rule = "only keys and values of cross-attention are text-side data, which a concept can hold"
+            raise ConceptFileError(f"{path}: {rule}; found {name}")
+        layer, projection = found.groups()
+        if layer not in sd.unet.cross_attentions:
+            raise ConceptFileError(f"{path}: this model has no cross-attention layer {layer}")
+        own = sd.unet.text_projections[f"{layer}.{projection}"].weight
+        if own.shape != weight.shape:
+            shapes = f"{tuple(own.shape)} here, found {tuple(weight.shape)}"
+            raise ConceptFileError(f"{path}: {layer}.{projection} is {shapes}")
+        changes[f"{layer}.{projection}"] = Change(weight.float() - own.detach().cpu().float())
+    if not changes:
+        raise ConceptFileError(f"{path}: must hold keys and values of Custom Diffusion, found no tensor")
+    token = None if embedding is None else import_textual_inversion(embedding, noun, placeholder)
+    try:
+        return Concept(
+            noun,
+            base=sd.fingerprint,
+            name=path.stem,
+            tokens=None if token is None else token.tokens,
+            placeholder="V*" if token is None else token.placeholder,
+            changes=changes,
+        )
+    except ValueError as error:
+        raise ConceptFileError(f"{path}: {error}") from error
+
+
+def _read(path: Path) -> dict[str, Tensor]:
+    if path.suffix in (".bin", ".pt", ".pth", ".ckpt"):
+        rule = "pickle files can run code when read, and are refused; convert it to .safetensors where you trust it"
+        raise ConceptFileError(f"{path}: {rule}")
+    if not path.is_file():
+        raise ConceptFileError(f"{path}: no such file")
+    if path.stat().st_size > _MAX_BYTES:
+        raise ConceptFileError(f"{path}: must be at most {_MAX_BYTES} bytes, has {path.stat().st_size}")
+    try:
+        with safe_open(path, "pt") as file:
+            return {name: file.get_tensor(name) for name in file.keys()}  # noqa: SIM118 (it is no mapping)
+    except SafetensorError as error:
+        raise ConceptFileError(f"{path}: not a safetensors file: {error}") from error

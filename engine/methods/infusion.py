@@ -1,0 +1,154 @@
+"""Infusion: concepts as residual values under the foundation's attention maps (arXiv:2404.14007)."""
+
+from __future__ import annotations
+
+import warnings
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ..checks import check_choice
+from ..errors import ConceptFileError
+from ..models.transformer import CrossAttention
+from ..models.unet import UNet2DConditionModel
+from ..text.encoder import Tokens, find_noun
+from .concept import Concept, check_concepts
+
+_SAME_BASE = 0.05  # fine-tunes stay below, and so do roundings to any dtype
+
+
+@dataclass(frozen=True, slots=True)
+class Infusion:
+    """Draw with concepts: what is drawn changes, where it is drawn stays with the foundation.
+
+    Attributes:
+        concepts: one or several; their residuals add up, and their order does not matter.
+        foundation: "parallel": the foundation draws its own picture from the same noise, and lends its maps on the
+            way; "shared": it is evaluated at the customised latents of every step, which costs a row less and yields
+            no picture.
+        unconditional_maps: whether the customised unconditional row takes the maps of the foundation's ("foundation")
+            or its own ("own"). The two are the same where the foundation is shared.
+        tokens: whether a noun of several tokens is customised at its "last" one or at "all".
+        occurrences: for each concept, which occurrence of its noun in the prompt it takes, from 0; None where the
+            noun occurs once.
+    """
+
+    concepts: Sequence[Concept]
+    foundation: str = "parallel"
+    unconditional_maps: str = "foundation"
+    tokens: str = "last"
+    occurrences: Sequence[int | None] | None = None
+
+    def settings(self) -> dict[str, Any]:
+        """How a result describes it."""
+        concepts = [{"name": concept.name, "noun": concept.noun, "space": concept.space} for concept in self.concepts]
+        shared = {name: getattr(self, name) for name in ("foundation", "unconditional_maps", "tokens")}
+        occurrences = None if self.occurrences is None else list(self.occurrences)
+        return {"method": "infusion", "concepts": concepts, **shared, "occurrences": occurrences}
+
+    def __post_init__(self) -> None:
+        concepts = self.concepts
+        check_concepts("concepts", concepts, "infusion")
+        check_choice("foundation", self.foundation, ("parallel", "shared"))
+        check_choice("unconditional_maps", self.unconditional_maps, ("foundation", "own"))
+        check_choice("tokens", self.tokens, ("last", "all"))
+        occurrences = self.occurrences
+        if occurrences is not None and len(occurrences) != len(concepts):
+            raise ValueError(f"occurrences must be one per concept ({len(concepts)}), got {len(occurrences)}")
+        for value in occurrences or ():
+            if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
+                raise ValueError(f"occurrences must hold integers >= 0 or None, got {value!r}")
+
+
+def token_positions(text: Tokens, infusion: Infusion) -> dict[int, list[Concept]]:
+    """The concepts whose residual acts on a token, by the token's position among the encoder's."""
+    places: dict[int, list[Concept]] = {}
+    occurrences = infusion.occurrences or [None] * len(infusion.concepts)
+    for concept, occurrence in zip(infusion.concepts, occurrences, strict=True):
+        positions = find_noun(text, concept.noun, occurrence)
+        for position in positions if infusion.tokens == "all" else positions[-1:]:
+            places.setdefault(position, []).append(concept)
+    return places
+
+
+def residual_widths(unet: UNet2DConditionModel, space: str) -> dict[str, int]:
+    """Length of each cross-attention layer's residual, in "text" or "value" space, in forward order."""
+    layers = unet.cross_attentions.items()
+    return {name: attn2.to_v.in_features if space == "text" else attn2.to_v.out_features for name, attn2 in layers}
+
+
+def fingerprint(unet: UNet2DConditionModel) -> tuple[float, ...]:
+    """What tells base models apart, in any dtype: one random projection of each layer's normalised value weights.
+
+    Two unrelated models differ by about 1 in every number; weights that differ by a relative d differ by about d.
+    """
+    numbers = []
+    for attn2 in unet.cross_attentions.values():
+        weight = attn2.to_v.weight.detach().cpu().double()
+        pattern = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
+        numbers.append(round(float((weight * pattern).sum() / weight.norm()), 4))
+    return tuple(numbers)
+
+
+def check_fit(concept: Concept, unet: UNet2DConditionModel) -> None:
+    """Raise ``ConceptFileError`` unless the concept has one residual of the right width for every layer."""
+    expected = residual_widths(unet, concept.space)
+    where = f"concept {concept.name!r}"
+    if missing := [name for name in expected if name not in concept.residuals]:
+        raise ConceptFileError(
+            f"{where}: this model has {len(expected)} cross-attention layers, the concept {len(concept.residuals)}; "
+            f"missing {missing[0]}"
+        )
+    if extra := [name for name in concept.residuals if name not in expected]:
+        raise ConceptFileError(f"{where}: this model has no cross-attention layer {extra[0]}")
+    for name, width in expected.items():
+        if len(concept.residuals[name]) != width:
+            found = len(concept.residuals[name])
+            raise ConceptFileError(f"{where}: {name}: this model's {concept.space} width is {width}, found {found}")
+
+
+def project_residual(attn2: CrossAttention, residual: Tensor, space: str) -> Tensor:
+    """``R[h] = W_O[:, h] r[h]``, with ``r = Delta W_V`` for a residual Delta in text space; float32, differentiable.
+
+    Args:
+        attn2: the layer.
+        residual: (E,) in text space, (C,) in value space.
+        space: "text" or "value".
+
+    Returns:
+        (H, C): what the layer's output gains where a head's map is 1.
+    """
+    weight: Tensor = attn2.to_out[0].weight  # pyright: ignore[reportAssignmentType]
+    weight = weight.float().unflatten(1, (attn2.n_heads, -1))  # (C, H, D)
+    value = attn2.to_v.weight.float() @ residual if space == "text" else residual
+    return torch.einsum("chd,hd->hc", weight, value.unflatten(0, (attn2.n_heads, -1)))
+
+
+def check_base(concept: Concept, base: tuple[float, ...]) -> None:
+    """Warn if a concept was trained on a model of another fingerprint; one of another length is an error."""
+    if concept.base and len(concept.base) != len(base):
+        found = f"base must have {len(base)} numbers here, found {len(concept.base)}"
+        raise ConceptFileError(f"concept {concept.name!r}: {found}")
+    if concept.base and max(abs(a - b) for a, b in zip(concept.base, base, strict=True)) > _SAME_BASE:
+        message = f"concept {concept.name!r} was trained on another model; it may mean nothing to this one"
+        warnings.warn(message, stacklevel=3)
+
+
+@torch.no_grad()
+def project(concept: Concept, unet: UNet2DConditionModel, base: tuple[float, ...]) -> tuple[Tensor, ...]:
+    """Per cross-attention layer, the projected residual (H, C), in the weights' device and dtype.
+
+    Raises:
+        ConceptFileError: the concept does not fit. One of another model with the same sizes, told by the model's
+            fingerprint ``base``, is used with a warning.
+    """
+    check_fit(concept, unet)
+    check_base(concept, base)
+    like = unet.conv_in.weight
+    return tuple(
+        project_residual(attn2, concept.residuals[name].to(like.device, torch.float32), concept.space).to(like.dtype)
+        for name, attn2 in unet.cross_attentions.items()
+    )

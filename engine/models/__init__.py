@@ -1,0 +1,1 @@
+"""The networks: UNet, VAE, their layers and configurations."""

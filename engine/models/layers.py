@@ -1,0 +1,112 @@
+"""Layers that the UNet and the VAE share, with diffusers' parameter names."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from ..backends.ops import Ops
+
+
+class GroupNorm(nn.GroupNorm):
+    """GroupNorm that is as accurate in channels-last memory as elsewhere."""
+
+    def __init__(self, groups: int, channels: int, eps: float, ops: Ops) -> None:
+        super().__init__(groups, channels, eps)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.group_norm(x, self.weight, self.bias, self.num_groups, self.eps)
+
+
+class GroupNormSiLU(GroupNorm):
+    """``silu(group_norm(x + shift))``, statistics in float32."""
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        return self.ops.group_norm_silu(x, shift, self.weight, self.bias, self.num_groups, self.eps)
+
+
+class Conv2d(nn.Conv2d):
+    """A convolution whose bias may be left to what comes after it."""
+
+    bias: Tensor
+
+    def without_bias(self, x: Tensor) -> Tensor:
+        return F.conv2d(x, self.weight, None, self.stride, self.padding)
+
+
+class PointwiseConv2d(nn.Conv2d):
+    """A 1x1 convolution as the linear map it is, over the last axis of (..., C_in)."""
+
+    bias: Tensor
+
+    def __init__(self, in_channels: int, out_channels: int) -> None:
+        super().__init__(in_channels, out_channels, 1)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return F.linear(x, self.weight[:, :, 0, 0], self.bias)
+
+
+class ResnetBlock2D(nn.Module):
+    """Two normalised 3x3 convolutions around a residual, with an optional per-row shift in between.
+
+    The first one's bias is part of the shift, which the second normalisation adds; the second one's is added with the
+    residual.
+    """
+
+    def __init__(self, in_channels: int, out_channels: int, groups: int, eps: float, ops: Ops) -> None:
+        super().__init__()
+        self.ops = ops
+        self.norm1 = GroupNormSiLU(groups, in_channels, eps, ops)
+        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.norm2 = GroupNormSiLU(groups, out_channels, eps, ops)
+        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv_shortcut = PointwiseConv2d(in_channels, out_channels) if in_channels != out_channels else None
+
+    def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
+        """``x`` is (B, C, h, w); ``shift`` (B, C_out) has the first convolution's bias in it; None for that alone."""
+        shift = self.conv1.bias[None] if shift is None else shift
+        h = self.conv1.without_bias(self.norm1(x))
+        h = self.conv2.without_bias(self.norm2(h, shift))
+        if self.conv_shortcut is not None:
+            x = self.conv_shortcut(x.permute(0, 2, 3, 1)).permute(0, 3, 1, 2)
+        return self.ops.residual_add(h, x, self.conv2.bias)
+
+
+class Downsample2D(nn.Module):
+    """Halve height and width with a strided convolution; ``padding`` 0 pads right and bottom only, as the VAE does."""
+
+    def __init__(self, channels: int, padding: int) -> None:
+        super().__init__()
+        self.padding = padding
+        self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
+
+
+class Upsample2D(nn.Module):
+    """Nearest-neighbour enlargement to ``size`` (h, w), then a convolution."""
+
+    def __init__(self, channels: int) -> None:
+        super().__init__()
+        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+
+    def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
+        return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:
+    """Sinusoidal embedding ``[cos | sin]`` of timesteps (Vaswani et al. 2017; Ho et al. 2020), float32.
+
+    Args:
+        timesteps: (B,), any real dtype.
+        channels: width of the result, even.
+    """
+    half = channels // 2
+    exponent = torch.arange(half, dtype=torch.float32, device=timesteps.device) / half
+    angles = timesteps.to(torch.float32)[:, None] * torch.exp(-math.log(10000.0) * exponent)
+    return torch.cat([angles.cos(), angles.sin()], dim=-1)

@@ -1,0 +1,110 @@
+"""Noise schedules: which timesteps a sampler visits, and how much signal and noise there is at each.
+
+The layouts are those of diffusers' schedulers, family by family, so that the same settings visit the same timesteps.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+import torch
+
+from ..models.config import ScheduleConfig
+
+_KARRAS_RHO = 7.0
+
+
+@dataclass(frozen=True, slots=True)
+class Schedule:
+    """Signal and noise levels along a sampling run, float64.
+
+    Attributes:
+        timesteps: (T,) descending.
+        alphas, sigmas: (T + 1,) with ``x_t = alpha x_0 + sigma eps`` and ``alpha^2 + sigma^2 = 1``; the last entry is
+            where the run ends.
+        ddim_alphas_next: (T,) the level each DDIM step goes to, which for some spacings is not the next timestep's.
+        spans_all: whether the first timestep is the training schedule's last ("linspace" and "trailing").
+    """
+
+    timesteps: np.ndarray
+    alphas: np.ndarray
+    sigmas: np.ndarray
+    ddim_alphas_next: np.ndarray
+    prediction_type: str
+    spans_all: bool
+
+
+def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
+    """The training schedule's cumulative product of ``1 - beta``, (num_train_timesteps,).
+
+    Formed in float32, as models were trained, then widened.
+    """
+    n = config.num_train_timesteps
+    if config.trained_betas is not None:
+        betas = torch.tensor(config.trained_betas, dtype=torch.float32)
+    elif config.beta_schedule == "linear":
+        betas = torch.linspace(config.beta_start, config.beta_end, n, dtype=torch.float32)
+    elif config.beta_schedule == "scaled_linear":
+        betas = torch.linspace(config.beta_start**0.5, config.beta_end**0.5, n, dtype=torch.float32) ** 2
+    else:  # squaredcos_cap_v2 (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17)
+        bar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
+        betas = torch.tensor(np.minimum(1 - bar[1:] / bar[:-1], 0.999), dtype=torch.float32)
+    return torch.cumprod(1.0 - betas, dim=0).numpy().astype(np.float64)
+
+
+def make_schedule(config: ScheduleConfig, family: str, steps: int, karras: bool = False) -> Schedule:
+    """Lay out ``steps`` sampling steps.
+
+    Args:
+        config: the training schedule.
+        family: "ddim", "euler", "euler_ancestral", "multistep" or "lcm": who rounds, and who ends where.
+        steps: number of steps, at most ``num_train_timesteps``.
+        karras: space the noise levels as Karras et al. 2022 (arXiv:2206.00364, eq. 5), in the families that can.
+    """
+    cumprod = alphas_cumprod(config)
+    ratios = np.sqrt((1 - cumprod) / cumprod)
+    timesteps = _lcm_timesteps(config, steps) if family == "lcm" else _timesteps(config, family, steps)
+    if len(timesteps) != steps or np.any(np.diff(timesteps) >= 0) or timesteps[-1] < 0 or timesteps[0] >= len(cumprod):
+        raise ValueError(
+            f"steps must fit the {len(cumprod)} training timesteps with {config.timestep_spacing} spacing and "
+            f"steps_offset {config.steps_offset}, got {steps}"
+        )
+    ddim_next = timesteps - config.num_train_timesteps // steps
+    end = 1.0 if config.set_alpha_to_one else cumprod[0]
+    ddim_alphas_next = np.sqrt(np.where(ddim_next >= 0, cumprod[np.maximum(ddim_next, 0).astype(int)], end))
+    levels = np.interp(timesteps, np.arange(len(ratios)), ratios)
+    if (karras or config.use_karras_sigmas) and family in ("euler", "multistep"):
+        low, high = (levels[-1], levels[0]) if family == "euler" else (ratios[0], ratios[-1])
+        ramp = np.linspace(0, 1, steps)
+        levels = (high ** (1 / _KARRAS_RHO) * (1 - ramp) + low ** (1 / _KARRAS_RHO) * ramp) ** _KARRAS_RHO
+        timesteps = np.interp(np.log(levels), np.log(ratios), np.arange(len(ratios)))
+        if family == "multistep":
+            timesteps = timesteps.round()
+    levels = np.append(levels, 0.0)
+    alphas = 1 / np.hypot(levels, 1.0)
+    spans_all = config.timestep_spacing in ("linspace", "trailing")
+    return Schedule(timesteps, alphas, levels * alphas, ddim_alphas_next, config.prediction_type, spans_all)
+
+
+def _timesteps(config: ScheduleConfig, family: str, steps: int) -> np.ndarray:
+    n = config.num_train_timesteps
+    if config.timestep_spacing == "trailing":
+        return np.arange(n, 0, -n / steps).round() - 1
+    extra = 1 if family == "multistep" else 0  # these lay out one more and leave out the last
+    if config.timestep_spacing == "leading":
+        return (np.arange(steps + extra) * (n // (steps + extra)))[::-1][:steps].astype(
+            np.float64
+        ) + config.steps_offset
+    spaced = np.linspace(0, n - 1, steps + extra)[::-1][:steps]
+    fractional = family in ("euler", "euler_ancestral")
+    return spaced.astype(np.float32).astype(np.float64) if fractional else spaced.round()
+
+
+def _lcm_timesteps(config: ScheduleConfig, steps: int) -> np.ndarray:
+    """Every k-th of the timesteps that the model was distilled on (Luo et al. 2023, arXiv:2310.04378)."""
+    distilled = config.original_inference_steps
+    if steps > distilled:
+        raise ValueError(f"steps must be at most original_inference_steps = {distilled} with lcm, got {steps}")
+    origin = (np.arange(1, distilled + 1) * (config.num_train_timesteps // distilled) - 1)[::-1]
+    return origin[np.floor(np.linspace(0, distilled, steps, endpoint=False)).astype(int)].astype(np.float64)
