@@ -18,6 +18,8 @@ from .version import __version__
 
 _A1111_SAMPLERS = {
     "ddim": "DDIM",
+    "pndm": "PLMS",
+    "heun": "Heun",
     "euler": "Euler",
     "euler_ancestral": "Euler a",
     "dpmpp_2m": "DPM++ 2M",

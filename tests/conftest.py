@@ -12,7 +12,7 @@ if not torch.cuda.is_available():
 import engine
 from tests.pipelines import save_pipeline
 
-torch.set_num_threads(2)
+torch.set_num_threads(1 if "PYTEST_XDIST_WORKER" in os.environ else 2)  # workers share the cores
 
 
 @pytest.fixture(scope="session")

@@ -1,5 +1,6 @@
 """Small random Stable Diffusion pipelines, made by diffusers and saved as its folders."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -17,13 +18,19 @@ SCHEDULER: dict[str, Any] = {
     "num_train_timesteps": 1000,
     "clip_sample": False,
     "set_alpha_to_one": False,
+    "skip_prk_steps": True,
     "steps_offset": 1,
     "timestep_spacing": "leading",
     "prediction_type": "epsilon",
 }
 # our sampler's name: diffusers' scheduler, and what distinguishes it
+# SD v1.5's own file, as it lies in its repository: silent on timestep_spacing
+_SD_V1_5_SCHEDULER_TEXT = (Path(__file__).parent / "parity" / "sd_v1_5_scheduler_config.json").read_text()
+SD_V1_5_SCHEDULER: dict[str, Any] = json.loads(_SD_V1_5_SCHEDULER_TEXT)
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (diffusers.DDIMScheduler, {}),
+    "pndm": (diffusers.PNDMScheduler, {}),
+    "heun": (diffusers.HeunDiscreteScheduler, {}),
     "euler": (diffusers.EulerDiscreteScheduler, {}),
     "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
     "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
@@ -119,7 +126,7 @@ def make_pipeline(shape: str, seed: int = 0) -> diffusers.StableDiffusionPipelin
         text_encoder=text,
         tokenizer=tokenizer,
         unet=make_unet(shape, seed=seed + 2),
-        scheduler=diffusers.DDIMScheduler(**SCHEDULER),
+        scheduler=diffusers.DDIMScheduler.from_config(SD_V1_5_SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
         requires_safety_checker=False,
@@ -127,10 +134,11 @@ def make_pipeline(shape: str, seed: int = 0) -> diffusers.StableDiffusionPipelin
 
 
 def save_pipeline(shape: str, folder: Path, seed: int = 0, **options: Any) -> diffusers.StableDiffusionPipeline:
-    """Make a pipeline, save it in ``folder`` and return it."""
+    """Make a pipeline, save it in ``folder``, with SD v1.5's own scheduler file, and return it."""
     pipeline = make_pipeline(shape, seed)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder, **options)
+    (folder / "scheduler" / "scheduler_config.json").write_text(_SD_V1_5_SCHEDULER_TEXT)
     return pipeline
 
 

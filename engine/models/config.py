@@ -52,6 +52,7 @@ _VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "use_post_quant_conv": (True,),
     "use_quant_conv": (True,),
 }
+_BETA_SCHEDULES = ("scaled_linear", "linear", "squaredcos_cap_v2")
 _SCHEDULE_FIXED: dict[str, tuple[Any, ...]] = {  # of any solver: each would change what some sampler computes
     "algorithm_type": ("dpmsolver++", "deis"),
     "disable_corrector": ([],),
@@ -164,7 +165,10 @@ class VAEConfig:
 
 @dataclass(frozen=True, slots=True)
 class ScheduleConfig:
-    """The training noise schedule and how sampling timesteps are laid out on it."""
+    """The training noise schedule and how sampling timesteps are laid out on it; unless given, SD v1.5's own.
+
+    What is None is left to each sampler, whose diffusers class has a default of its own.
+    """
 
     num_train_timesteps: int = 1000
     beta_start: float = 0.00085
@@ -172,32 +176,43 @@ class ScheduleConfig:
     beta_schedule: str = "scaled_linear"
     trained_betas: tuple[float, ...] | None = None
     prediction_type: str = "epsilon"
-    timestep_spacing: str = "leading"
+    timestep_spacing: str | None = None
     steps_offset: int = 1
-    set_alpha_to_one: bool = False
+    set_alpha_to_one: bool | None = False
     use_karras_sigmas: bool = False
+    skip_prk_steps: bool = True  # whether pndm starts without its Runge-Kutta steps
     original_inference_steps: int = 50  # of latent consistency models
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], source: str = "scheduler/scheduler_config.json") -> ScheduleConfig:
-        """Read any diffusers ``scheduler_config.json``; a field that would change a sampler's arithmetic is refused.
+        """Read any diffusers ``scheduler_config.json``, or the ``config`` of a scheduler in memory.
 
-        Where the file is silent ``timestep_spacing`` is "leading" and ``steps_offset`` 1, as in SD v1.5.
+        Means what it means to diffusers' ``from_config``: where a file is silent, as SD v1.5's own is on
+        ``timestep_spacing``, every scheduler class has its default, and so do the fields that a scheduler in memory
+        lists as ``_use_default_values``. Betas must be said: the classes' defaults are neither SD's nor one another's.
         ``clip_sample`` is not read: clipping is for pixels, and diffusers' pipeline turns it off for latents.
+
+        Raises:
+            ValueError: a field would change a sampler's arithmetic; the message names it.
         """
+        unsaid = config.get("_use_default_values") or ()
+        config = {key: value for key, value in config.items() if key not in unsaid}
         read = _Reader(config, source, _SCHEDULE_FIXED)
         betas = config.get("trained_betas")
+        known = None if betas is None else 1.0  # a list of betas leaves nothing to say about them
+        spacing = config.get("timestep_spacing")
         return cls(
             num_train_timesteps=read.size("num_train_timesteps", 1000),
-            beta_start=read.number("beta_start", 0.00085),
-            beta_end=read.number("beta_end", 0.012),
-            beta_schedule=read.choice("beta_schedule", ("scaled_linear", "linear", "squaredcos_cap_v2")),
+            beta_start=read.number("beta_start", known),
+            beta_end=read.number("beta_end", known),
+            beta_schedule=read.choice("beta_schedule", _BETA_SCHEDULES, known and _BETA_SCHEDULES[0]),
             trained_betas=None if betas is None else tuple(float(beta) for beta in betas),
-            prediction_type=read.choice("prediction_type", ("epsilon", "v_prediction", "sample")),
-            timestep_spacing=read.choice("timestep_spacing", ("leading", "linspace", "trailing")),
-            steps_offset=read.size("steps_offset", 1, minimum=0),
-            set_alpha_to_one=bool(config.get("set_alpha_to_one", False)),
+            prediction_type=read.choice("prediction_type", ("epsilon", "v_prediction", "sample"), "epsilon"),
+            timestep_spacing=spacing and read.choice("timestep_spacing", ("leading", "linspace", "trailing")),
+            steps_offset=read.size("steps_offset", 0, minimum=0),
+            set_alpha_to_one=None if (to_one := config.get("set_alpha_to_one")) is None else bool(to_one),
             use_karras_sigmas=bool(config.get("use_karras_sigmas", False)),
+            skip_prk_steps=bool(config.get("skip_prk_steps", False)),
             original_inference_steps=read.size("original_inference_steps", 50),
         )
 
@@ -236,14 +251,14 @@ class _Reader:
             raise ValueError(f"{self.source}: {key} must hold {count} positive integers, got {value!r}")
         return values
 
-    def number(self, key: str, default: float) -> float:
+    def number(self, key: str, default: float | None = None) -> float:
         value = self._get(key, default)
         if not isinstance(value, int | float) or not value > 0:
             raise ValueError(f"{self.source}: {key} must be a positive number, got {value!r}")
         return float(value)
 
-    def choice(self, key: str, choices: tuple[str, ...]) -> str:
-        value = self._get(key, choices[0])
+    def choice(self, key: str, choices: tuple[str, ...], default: Any = None) -> str:
+        value = self._get(key, default)
         if value not in choices:
             raise ValueError(f"{self.source}: {key} must be one of {', '.join(choices)}, got {value!r}")
         return value

@@ -14,13 +14,14 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields, replace
+from typing import Any
 
 import numpy as np
 import torch
 from torch import Tensor
 
 from ..models.config import ScheduleConfig
-from .schedule import Schedule, make_schedule
+from .schedule import PRK_STEPS, Schedule, make_schedule
 
 _LCM_SIGMA_DATA = 0.5
 _LCM_TIMESTEP_SCALING = 10.0
@@ -123,9 +124,11 @@ def make_table(name: str, config: ScheduleConfig, steps: int, eta: float = 0.0, 
     """
     if eta and name != "ddim":
         raise ValueError(f"eta belongs to the ddim sampler alone, got eta={eta} with sampler={name!r}")
-    spacing, write = SAMPLERS[name]
-    schedule = make_schedule(config, spacing, steps, karras=name.endswith("_karras"))
-    return write(schedule, begin, eta) if name == "ddim" else write(schedule, begin)
+    sampler = SAMPLERS[name]
+    said = {key: default for key, default in sampler.defaults.items() if getattr(config, key) is None}
+    schedule = make_schedule(replace(config, **said), sampler.family, steps, karras=name.endswith("_karras"))
+    options = {"eta": eta} if name == "ddim" else {}
+    return sampler.write(schedule, sampler.evaluations_per_step * begin, **options)
 
 
 class _Table:
@@ -192,10 +195,63 @@ def _ddim(schedule: Schedule, begin: int, eta: float) -> SamplerTable:
     table = _Table(schedule, begin, n_history=0)
     for i in table.steps:
         x0, eps = table.prediction(i)
-        alpha, alpha_next = schedule.alphas[i] ** 2, schedule.ddim_alphas_next[i] ** 2
+        alpha, alpha_next = schedule.alphas[i] ** 2, schedule.level(schedule.timesteps[i] - schedule.stride)[0] ** 2
         sigma = eta * np.sqrt((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next))
         table.write(i, [np.sqrt(alpha_next) * x0 + np.sqrt(1 - alpha_next - sigma**2) * eps], sigma)
     return table.finish(len(table.steps) if eta else 0)
+
+
+_ADAMS_BASHFORTH = (  # weights of this and earlier predictions, by how many there are
+    (1.0,),
+    (3 / 2, -1 / 2),
+    (23 / 12, -16 / 12, 5 / 12),
+    (55 / 24, -59 / 24, 37 / 24, -9 / 24),
+)
+_RUNGE_KUTTA = (1 / 6, 1 / 3, 1 / 3, 1 / 6)
+
+
+def _pndm(schedule: Schedule, begin: int) -> SamplerTable:
+    """PNDM (Liu et al. 2022, arXiv:2202.09778): linear multistep predictions in DDIM's transfer between levels.
+
+    It starts with Runge-Kutta steps, or, as SD v1.5 does, with one step taken twice, the second time with the mean of
+    the predictions at both of its ends.
+    """
+    if schedule.prediction_type == "sample":
+        raise ValueError("pndm needs a model that predicts epsilon or v, got prediction_type='sample'")
+    if begin and not schedule.skip_prk_steps:
+        rule = "pndm starts from a picture only on a schedule with skip_prk_steps"
+        raise ValueError(f"{rule}, which this model's lacks; use another sampler, such as ddim")
+    table = _Table(schedule, begin, n_history=3 if schedule.skip_prk_steps else 5)  # predictions; then sum and start
+    times, stride = schedule.timesteps, schedule.stride
+    x, out, none = table.slot(0), table.slot(table.size), np.zeros(table.size + 1)
+    earlier = [table.slot(k) for k in (1, 2, 3)]
+
+    def transfer(start: np.ndarray, prediction: np.ndarray, origin: float, target: float) -> np.ndarray:
+        (alpha, sigma), (alpha_next, sigma_next) = schedule.level(origin), schedule.level(target)
+        eps = alpha * prediction + sigma * start if schedule.prediction_type == "v_prediction" else prediction
+        return alpha_next / alpha * (start - sigma * eps) + sigma_next * eps
+
+    n_prk = 0 if schedule.skip_prk_steps else 4 * PRK_STEPS
+    for i in table.steps:
+        n = i - begin
+        if n < n_prk:
+            part, origin = n % 4, times[n - n % 4]
+            total, start = (none, x) if part == 0 else (table.slot(4), table.slot(5))
+            total = total + _RUNGE_KUTTA[part] * out
+            kept = [out, *earlier[:2]] if part == 0 else earlier
+            target = times[i] if n % 2 else times[i] - stride // 2
+            after = transfer(start, total if part == 3 else out, origin, target)
+            table.write(i, [after, *kept, total, start])
+            continue
+        if schedule.skip_prk_steps and n == 1:  # the first step once more, from its start, which stands in slot 2
+            after = transfer(table.slot(2), (out + earlier[0]) / 2, times[i] + stride, times[i])
+            table.write(i, [after, earlier[0], none, none])
+            continue
+        weights = _ADAMS_BASHFORTH[3 if n_prk else min(3, max(0, n - 1))]
+        prediction = np.sum([w * e for w, e in zip(weights, [out, *earlier], strict=False)], axis=0)
+        kept = [out, x, none] if n == 0 else [out, *earlier[:2]]
+        table.write(i, [transfer(x, prediction, times[i], times[i] - stride), *kept, *[none] * (table.size - 4)])
+    return table.finish()
 
 
 def _euler(schedule: Schedule, begin: int) -> SamplerTable:
@@ -206,6 +262,22 @@ def _euler(schedule: Schedule, begin: int) -> SamplerTable:
         x0, _ = table.prediction(i)
         derivative = (table.slot(0) - x0) / ratios[i]
         table.write(i, [table.slot(0) + (ratios[i + 1] - ratios[i]) * derivative])
+    return table.finish()
+
+
+def _heun(schedule: Schedule, begin: int) -> SamplerTable:
+    """Heun's second-order steps (Karras et al. 2022, algorithm 1); the last, to no noise, is Euler's."""
+    table = _Table(schedule, begin, n_history=2, variance_exploding=True)  # x and slope where the step began
+    ratios = schedule.sigmas / schedule.alphas
+    none = np.zeros(table.size + 1)
+    for i in table.steps:
+        x0, _ = table.prediction(i)
+        slope = (table.slot(0) - x0) / ratios[i]
+        if i % 2 == 0:  # predict
+            table.write(i, [table.slot(0) + (ratios[i + 1] - ratios[i]) * slope, table.slot(0), slope])
+        else:  # correct, from where the step began
+            mean = (table.slot(2) + slope) / 2
+            table.write(i, [table.slot(1) + (ratios[i] - ratios[i - 1]) * mean, none, none])
     return table.finish()
 
 
@@ -290,12 +362,38 @@ def _lcm(schedule: Schedule, begin: int) -> SamplerTable:
     return table.finish(len(table.steps) - 1)
 
 
-SAMPLERS: dict[str, tuple[str, Callable[..., SamplerTable]]] = {
-    "ddim": ("ddim", _ddim),
-    "euler": ("euler", _euler),
-    "euler_ancestral": ("euler_ancestral", _euler_ancestral),
-    "dpmpp_2m": ("multistep", _dpmpp_2m),
-    "dpmpp_2m_karras": ("multistep", _dpmpp_2m),
-    "unipc": ("multistep", _unipc),
-    "lcm": ("lcm", _lcm),
+@dataclass(frozen=True, slots=True)
+class Sampler:
+    """How a sampler's table is written.
+
+    Attributes:
+        family: who lays out the timesteps; see ``make_schedule``.
+        write: writes the table from a schedule and the first evaluation.
+        timestep_spacing: what its diffusers class takes where a model's schedule is silent.
+        set_alpha_to_one: likewise; it matters to ddim and pndm alone.
+        evaluations_per_step: of the UNet.
+    """
+
+    family: str
+    write: Callable[..., SamplerTable]
+    timestep_spacing: str = "linspace"
+    set_alpha_to_one: bool = True
+    evaluations_per_step: int = 1
+
+    @property
+    def defaults(self) -> dict[str, Any]:
+        """Fields of a ``ScheduleConfig`` that may be silent."""
+        return {name: getattr(self, name) for name in ("timestep_spacing", "set_alpha_to_one")}
+
+
+SAMPLERS: dict[str, Sampler] = {
+    "ddim": Sampler("ddim", _ddim, "leading"),
+    "pndm": Sampler("pndm", _pndm, "leading", set_alpha_to_one=False),
+    "euler": Sampler("euler", _euler),
+    "euler_ancestral": Sampler("euler_ancestral", _euler_ancestral),
+    "heun": Sampler("heun", _heun, evaluations_per_step=2),
+    "dpmpp_2m": Sampler("multistep", _dpmpp_2m),
+    "dpmpp_2m_karras": Sampler("multistep", _dpmpp_2m),
+    "unipc": Sampler("multistep", _unipc),
+    "lcm": Sampler("lcm", _lcm, "leading"),
 }

@@ -6,11 +6,14 @@ The layouts are those of diffusers' schedulers, family by family, so that the sa
 from __future__ import annotations
 
 from dataclasses import dataclass
+from itertools import pairwise
 
 import numpy as np
 import torch
 
 from ..models.config import ScheduleConfig
+
+PRK_STEPS = 3  # Runge-Kutta steps with which PNDM starts where it does
 
 _KARRAS_RHO = 7.0
 
@@ -20,19 +23,30 @@ class Schedule:
     """Signal and noise levels along a sampling run, float64.
 
     Attributes:
-        timesteps: (T,) descending.
+        timesteps: (T,) of the UNet's evaluations, descending; second-order samplers visit some twice.
         alphas, sigmas: (T + 1,) with ``x_t = alpha x_0 + sigma eps`` and ``alpha^2 + sigma^2 = 1``; the last entry is
             where the run ends.
-        ddim_alphas_next: (T,) the level each DDIM step goes to, which for some spacings is not the next timestep's.
+        stride: training timesteps from one step to the next, as ddim and pndm count them.
+        alphas_cumprod: of the training schedule, (num_train_timesteps,).
+        end: alpha-bar before the first training timestep, where ddim and pndm end.
         spans_all: whether the first timestep is the training schedule's last ("linspace" and "trailing").
+        skip_prk_steps: whether pndm starts without its Runge-Kutta steps.
     """
 
     timesteps: np.ndarray
     alphas: np.ndarray
     sigmas: np.ndarray
-    ddim_alphas_next: np.ndarray
+    stride: int
+    alphas_cumprod: np.ndarray
+    end: float
     prediction_type: str
     spans_all: bool
+    skip_prk_steps: bool
+
+    def level(self, timestep: float) -> tuple[float, float]:
+        """alpha and sigma at a training timestep, or before the first."""
+        bar = self.alphas_cumprod[int(timestep)] if timestep >= 0 else self.end
+        return float(np.sqrt(bar)), float(np.sqrt(1 - bar))
 
 
 def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
@@ -57,8 +71,8 @@ def make_schedule(config: ScheduleConfig, family: str, steps: int, karras: bool 
     """Lay out ``steps`` sampling steps.
 
     Args:
-        config: the training schedule.
-        family: "ddim", "euler", "euler_ancestral", "multistep" or "lcm": who rounds, and who ends where.
+        config: the training schedule, of which nothing is left open.
+        family: "ddim", "pndm", "euler", "euler_ancestral", "heun", "multistep" or "lcm": who rounds, who ends where.
         steps: number of steps, at most ``num_train_timesteps``.
         karras: space the noise levels as Karras et al. 2022 (arXiv:2206.00364, eq. 5), in the families that can.
     """
@@ -70,21 +84,32 @@ def make_schedule(config: ScheduleConfig, family: str, steps: int, karras: bool 
             f"steps must fit the {len(cumprod)} training timesteps with {config.timestep_spacing} spacing and "
             f"steps_offset {config.steps_offset}, got {steps}"
         )
-    ddim_next = timesteps - config.num_train_timesteps // steps
-    end = 1.0 if config.set_alpha_to_one else cumprod[0]
-    ddim_alphas_next = np.sqrt(np.where(ddim_next >= 0, cumprod[np.maximum(ddim_next, 0).astype(int)], end))
+    stride = config.num_train_timesteps // steps
+    if family == "pndm":
+        timesteps = _pndm_evaluations(timesteps, stride, config.skip_prk_steps)
     levels = np.interp(timesteps, np.arange(len(ratios)), ratios)
-    if (karras or config.use_karras_sigmas) and family in ("euler", "multistep"):
-        low, high = (levels[-1], levels[0]) if family == "euler" else (ratios[0], ratios[-1])
+    if (karras or config.use_karras_sigmas) and family in ("euler", "heun", "multistep"):
+        low, high = (ratios[0], ratios[-1]) if family == "multistep" else (levels[-1], levels[0])
         ramp = np.linspace(0, 1, steps)
         levels = (high ** (1 / _KARRAS_RHO) * (1 - ramp) + low ** (1 / _KARRAS_RHO) * ramp) ** _KARRAS_RHO
         timesteps = np.interp(np.log(levels), np.log(ratios), np.arange(len(ratios)))
         if family == "multistep":
             timesteps = timesteps.round()
+    if family == "heun":  # every step but the first begins where the one before it is corrected
+        timesteps, levels = (np.append(x[:1], x[1:].repeat(2)) for x in (timesteps, levels))
     levels = np.append(levels, 0.0)
     alphas = 1 / np.hypot(levels, 1.0)
-    spans_all = config.timestep_spacing in ("linspace", "trailing")
-    return Schedule(timesteps, alphas, levels * alphas, ddim_alphas_next, config.prediction_type, spans_all)
+    return Schedule(
+        timesteps=timesteps,
+        alphas=alphas,
+        sigmas=levels * alphas,
+        stride=stride,
+        alphas_cumprod=cumprod,
+        end=1.0 if config.set_alpha_to_one else float(cumprod[0]),
+        prediction_type=config.prediction_type,
+        spans_all=config.timestep_spacing in ("linspace", "trailing"),
+        skip_prk_steps=config.skip_prk_steps,
+    )
 
 
 def _timesteps(config: ScheduleConfig, family: str, steps: int) -> np.ndarray:
@@ -97,8 +122,19 @@ def _timesteps(config: ScheduleConfig, family: str, steps: int) -> np.ndarray:
             np.float64
         ) + config.steps_offset
     spaced = np.linspace(0, n - 1, steps + extra)[::-1][:steps]
-    fractional = family in ("euler", "euler_ancestral")
+    fractional = family in ("euler", "euler_ancestral", "heun")
     return spaced.astype(np.float32).astype(np.float64) if fractional else spaced.round()
+
+
+def _pndm_evaluations(timesteps: np.ndarray, stride: int, skip_prk_steps: bool) -> np.ndarray:
+    """Where PNDM evaluates the UNet: twice at the second timestep, or four times in each Runge-Kutta step."""
+    if skip_prk_steps:
+        return np.concatenate([timesteps[:2], timesteps[1:]])
+    if len(timesteps) <= PRK_STEPS:
+        rule = f"steps must be more than the {PRK_STEPS} Runge-Kutta steps of pndm where skip_prk_steps is off"
+        raise ValueError(f"{rule}, got {len(timesteps)}")
+    middles = [(a, b + stride // 2, b + stride // 2, b) for a, b in pairwise(timesteps[: PRK_STEPS + 1])]
+    return np.concatenate([*middles, timesteps[PRK_STEPS:]])
 
 
 def _lcm_timesteps(config: ScheduleConfig, steps: int) -> np.ndarray:

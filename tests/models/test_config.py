@@ -3,7 +3,7 @@
 import pytest
 
 from engine.models.config import ScheduleConfig, UNetConfig, VAEConfig
-from tests.pipelines import SD_V1_5_UNET
+from tests.pipelines import SD_V1_5_SCHEDULER, SD_V1_5_UNET
 
 _VAE = {
     "block_out_channels": [128, 256, 512, 512],
@@ -65,8 +65,15 @@ def test_vae_refusals(change: dict, message: str) -> None:
 
 
 def test_schedule_where_the_file_is_silent() -> None:
-    schedule = ScheduleConfig.from_dict({"_class_name": "PNDMScheduler", "skip_prk_steps": True})
-    assert (schedule.timestep_spacing, schedule.steps_offset, schedule.set_alpha_to_one) == ("leading", 1, False)
+    schedule = ScheduleConfig.from_dict({"trained_betas": [0.1, 0.2], "num_train_timesteps": 2})
+    assert (schedule.timestep_spacing, schedule.set_alpha_to_one) == (None, None)
+    assert (schedule.steps_offset, schedule.skip_prk_steps) == (0, False)
+    with pytest.raises(ValueError, match="beta_start is missing"):
+        ScheduleConfig.from_dict({"beta_end": 0.012, "beta_schedule": "scaled_linear"})
+
+
+def test_schedule_without_a_file_is_sd15s_own() -> None:
+    assert ScheduleConfig() == ScheduleConfig.from_dict(SD_V1_5_SCHEDULER)
 
 
 @pytest.mark.parametrize(
@@ -84,4 +91,4 @@ def test_schedule_where_the_file_is_silent() -> None:
 )
 def test_schedule_refusals(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
-        ScheduleConfig.from_dict(change)
+        ScheduleConfig.from_dict({**SD_V1_5_SCHEDULER, **change})

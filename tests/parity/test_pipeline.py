@@ -8,7 +8,7 @@ from PIL import Image
 
 import engine
 from engine.sampling.samplers import SAMPLERS
-from tests.pipelines import SCHEDULER, SCHEDULERS, SHAPES, relative_error, save_pipeline
+from tests.pipelines import SCHEDULERS, SD_V1_5_SCHEDULER, SHAPES, relative_error, save_pipeline
 
 _TOLERANCE = 2e-4
 
@@ -21,15 +21,16 @@ def both(tmp_path_factory):
 
 def _use(pipeline, sampler: str) -> None:
     scheduler, options = SCHEDULERS[sampler]
-    pipeline.scheduler = scheduler.from_config({**SCHEDULER, **options})
+    pipeline.scheduler = scheduler.from_config(SD_V1_5_SCHEDULER, **options)
 
 
 def _generators(seeds: list[int]) -> list[torch.Generator]:
     return [torch.Generator().manual_seed(seed) for seed in seeds]
 
 
+@pytest.mark.parametrize("steps", [8, 20])
 @pytest.mark.parametrize("sampler", SAMPLERS)
-def test_every_sampler(both, sampler: str) -> None:
+def test_every_sampler(both, sampler: str, steps: int) -> None:
     pipeline, sd = both
     _use(pipeline, sampler)
     prompts, negatives = ["a red cat", "a blue car on a beach", "a dog"], ["blurry", "", "dark"]
@@ -38,7 +39,7 @@ def test_every_sampler(both, sampler: str) -> None:
         negative_prompt=negatives,
         height=16,
         width=24,
-        num_inference_steps=20,
+        num_inference_steps=steps,
         guidance_scale=7.5,
         generator=_generators([5, 6, 9]),
         output_type="latent",
@@ -48,7 +49,7 @@ def test_every_sampler(both, sampler: str) -> None:
         negative_prompt=negatives,
         height=16,
         width=24,
-        steps=20,
+        steps=steps,
         guidance_scale=7.5,
         seed=[5, 6, 9],
         sampler=sampler,

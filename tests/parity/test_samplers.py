@@ -1,12 +1,16 @@
 """Every sampler against diffusers' scheduler, over whole trajectories driven by the same nonlinear "model"."""
 
+import json
+from pathlib import Path
+
+import diffusers
 import pytest
 import torch
 from torch import Tensor
 
 from engine.models.config import ScheduleConfig
 from engine.sampling.samplers import SAMPLERS, SamplerTable, make_table, step
-from tests.pipelines import SCHEDULER, SCHEDULERS, relative_error
+from tests.pipelines import SCHEDULER, SCHEDULERS, SD_V1_5_SCHEDULER, relative_error
 
 
 def _model(x: Tensor, timestep: Tensor) -> Tensor:
@@ -26,8 +30,9 @@ def _ours(table: SamplerTable, latents: Tensor, draws: list[Tensor], image: Tens
 
 def _theirs(name: str, config: dict, steps: int, latents: Tensor, seed: int, eta: float, begin: int, image) -> Tensor:
     scheduler_class, extra = SCHEDULERS[name]
-    scheduler = scheduler_class.from_config({**config, **extra})
+    scheduler = scheduler_class.from_config(config, **extra)
     scheduler.set_timesteps(steps)
+    begin *= getattr(scheduler, "order", 1)  # as StableDiffusionImg2ImgPipeline counts
     timesteps = scheduler.timesteps[begin:]
     generator = torch.Generator().manual_seed(seed)
     if image is None:
@@ -59,6 +64,47 @@ def _compare(name: str, config: dict, steps: int, eta: float = 0.0, begin: int =
 @pytest.mark.parametrize("name", SAMPLERS)
 def test_whole_trajectory(name: str, steps: int) -> None:
     assert _compare(name, SCHEDULER, steps) <= 1e-5
+
+
+@pytest.mark.parametrize("steps", [1, 2, 3, 8, 20, 31, 50])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_on_sd_v1_5_own_file(name: str, steps: int) -> None:
+    assert _compare(name, SD_V1_5_SCHEDULER, steps) <= 1e-5
+
+
+@pytest.mark.parametrize("begin", [1, 4])
+@pytest.mark.parametrize("name", SAMPLERS)
+def test_from_a_picture_on_sd_v1_5_own_file(name: str, begin: int) -> None:
+    assert _compare(name, SD_V1_5_SCHEDULER, 10, begin=begin) <= 1e-5
+
+
+@pytest.mark.parametrize("name", SAMPLERS)
+@pytest.mark.parametrize("class_name", ["PNDMScheduler", "DDIMScheduler", "EulerDiscreteScheduler", "LCMScheduler"])
+def test_in_memory_and_saved_configs(name: str, class_name: str, tmp_path: Path) -> None:
+    """A scheduler in memory marks what nobody said; one that was saved and read again has said it."""
+    scheduler = getattr(diffusers, class_name).from_config(SD_V1_5_SCHEDULER)
+    assert "timestep_spacing" in scheduler.config["_use_default_values"]
+    scheduler.save_pretrained(tmp_path)
+    saved = json.loads((tmp_path / "scheduler_config.json").read_text())
+    assert "timestep_spacing" in saved
+    assert _compare(name, dict(scheduler.config), 8) <= 1e-5
+    assert _compare(name, saved, 8) <= 1e-5
+
+
+@pytest.mark.parametrize("change", [{}, {"prediction_type": "v_prediction"}, {"timestep_spacing": "trailing"}], ids=str)
+@pytest.mark.parametrize("steps", [4, 5, 17, 20])
+def test_pndm_with_runge_kutta_steps(steps: int, change: dict) -> None:
+    assert _compare("pndm", {**SD_V1_5_SCHEDULER, "skip_prk_steps": False, **change}, steps) <= 1e-5
+
+
+def test_pndm_refusals() -> None:
+    with_runge_kutta = ScheduleConfig.from_dict({**SD_V1_5_SCHEDULER, "skip_prk_steps": False})
+    with pytest.raises(ValueError, match=r"steps must be more than the 3 Runge-Kutta steps .*, got 3"):
+        make_table("pndm", with_runge_kutta, 3)
+    with pytest.raises(ValueError, match="starts from a picture only on a schedule with skip_prk_steps"):
+        make_table("pndm", with_runge_kutta, 10, begin=2)
+    with pytest.raises(ValueError, match="predicts epsilon or v, got prediction_type='sample'"):
+        make_table("pndm", ScheduleConfig.from_dict({**SD_V1_5_SCHEDULER, "prediction_type": "sample"}), 10)
 
 
 @pytest.mark.parametrize("steps", [100, 250])

@@ -5,7 +5,6 @@ from pathlib import Path
 import pytest
 import torch
 from safetensors.torch import save_file
-from tests.models.test_config import _VAE
 
 import engine
 from engine.errors import CheckpointError
@@ -13,6 +12,7 @@ from engine.models.config import UNetConfig, VAEConfig
 from engine.models.unet import UNet2DConditionModel
 from engine.models.vae import AutoencoderKL
 from engine.weights import ldm
+from tests.models.test_config import _VAE
 from tests.pipelines import SD_V1_5_UNET, SHAPES, save_pipeline
 
 _UNET_NAMES = {
