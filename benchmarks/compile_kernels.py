@@ -38,6 +38,9 @@ from engine.kernels import (
     residual_add,
     residual_apply,
 )
+from engine.kernels.jit import load_kernels
+
+load_kernels()
 
 ARCHITECTURES = (80, 86, 89, 90)
 MAX_SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # of a block, by NVIDIA's documentation

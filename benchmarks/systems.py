@@ -17,10 +17,12 @@ from torch import Tensor
 
 import engine
 from engine.backends.graphs import run_eagerly
+from engine.methods.concept_cache import Texts
+from engine.sampling.arguments import Options
 from engine.sampling.loop import Phase, State, guided_step, make_phase
 from engine.sampling.plan import make_plans
 from engine.sampling.request import Request, make_request
-from engine.sampling.samplers import Coefficients
+from engine.sampling.table import Coefficients
 
 STEPS, GUIDANCE = 20, 7.5
 FULL_SIZE = Path(tempfile.gettempdir()) / "sd15-random"
@@ -57,7 +59,7 @@ def twinstream(folder: Path, dtype: torch.dtype, device: str = "cpu") -> System:
     latents = start_latents(sd.unet.config.sample_size, device)
     unscaled = (latents / sd.vae.config.scaling_factor).to(dtype)
     cases = {case_of(n): planned_step(sd, [None] * n, latents) for n in IMAGES}
-    cases["vae_decode"] = lambda: sd._coder.pixels(sd.vae, unscaled, slicing=False, tiling=False)
+    cases["vae_decode"] = lambda: sd._vae.pixels(sd.vae, unscaled, slicing=False, tiling=False)
     sets = [engine.Concept(NOUN, residuals) for residuals in concept_sets(_text_widths(sd))]
     for name, concepts, foundation in (
         ("infusion_parallel_1", sets[:1], "parallel"),
@@ -104,7 +106,7 @@ def _plan(sd: engine.Engine, customizations: Sequence[Any], latents: Tensor) -> 
     n = len(customizations)
     options = {"images_per_prompt": n, "seed": [0] * n, "guidance_scale": GUIDANCE}
     request = default_request(sd, PROMPT, customization=list(customizations), **options)
-    (plan,) = make_plans(request, 1, sd.text_encoder, sd._encode, sd._project, sd.device)
+    (plan,) = make_plans(request, 1, Texts(sd.text_encoder), sd.concepts, sd.device)
     zero, one = torch.zeros(1, 1, device=sd.device), torch.ones(1, 1, device=sd.device)
     coefficients = Coefficients(input_scale=one[0], state=zero[None], model=one, noise=zero)
     phase = make_phase(plan, coefficients, sd.unet.time_shifts(torch.tensor([TIMESTEP], device=sd.device)))
@@ -116,7 +118,7 @@ def _plan(sd: engine.Engine, customizations: Sequence[Any], latents: Tensor) -> 
 def run_step(sd: engine.Engine, phase: Phase, state: State) -> Tensor:
     """The next latents of all trajectories, through a graph where the Engine has them."""
     run = run_eagerly if sd.graphs is None else sd.graphs
-    name = f"step of {len(phase.trajectories)} rows"
+    name = f"step of {len(phase.rows.trajectories)} rows"
     return run(name, lambda one, now: guided_step(sd.unet, one, now), phase, state)[0]
 
 
@@ -131,8 +133,7 @@ def parameter_bytes(*models: torch.nn.Module) -> int:
 
 def default_request(sd: engine.Engine, prompt: str, **changes: Any) -> Request:
     """The request that ``sd.generate(prompt, **changes)`` makes."""
-    defaults = engine.Engine.generate.__wrapped__.__kwdefaults__  # no_grad wraps the method
-    return make_request(sd._limits, prompt=prompt, **(defaults | changes))
+    return make_request(sd._limits, prompt, Options(**changes))
 
 
 def _text_widths(sd: engine.Engine) -> dict[str, int]:

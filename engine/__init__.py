@@ -9,8 +9,8 @@ from typing import TYPE_CHECKING, Any
 from .version import __version__
 
 if TYPE_CHECKING:
-    from .engine import Engine, UnknownArgumentError
-    from .errors import CheckpointError, ConceptFileError, NonFiniteError, OutOfMemoryError
+    from .engine import Engine
+    from .errors import CheckpointError, ConceptFileError, NonFiniteError, OutOfMemoryError, UnknownArgumentError
     from .loading import generate, load
     from .methods.concept import Concept
     from .methods.dci import DCI
@@ -34,7 +34,7 @@ _HOMES = {
     "NonFiniteError": "errors",
     "OutOfMemoryError": "errors",
     "Result": "result",
-    "UnknownArgumentError": "engine",
+    "UnknownArgumentError": "errors",
     "generate": "loading",
     "import_custom_diffusion": "methods.foreign",
     "import_textual_inversion": "methods.foreign",

@@ -6,12 +6,16 @@ import argparse
 import math
 import platform
 import sys
-from dataclasses import fields
 from importlib import metadata
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checks import check_choice, check_integer
+from .loading import BACKENDS
+from .options import on_command_line
+from .sampling.arguments import Options
+from .train.ico import ICOOptions
+from .train.infusion import InfusionOptions
 from .version import __version__
 
 if TYPE_CHECKING:
@@ -40,21 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--config", help="for a .safetensors file: a diffusers folder with its configs and tokenizer")
     model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     model.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float16 on a GPU, float32 on a CPU)")
-    model.add_argument("--backend", default="auto", help="auto, torch or triton (default: auto)")
+    model.add_argument("--backend", default="auto", help=f"{', '.join(BACKENDS)} (default: auto)")
 
     generate = commands.add_parser("generate", parents=[model], help="draw pictures from prompts")
     generate.add_argument("prompts", nargs="+", metavar="prompt")
-    generate.add_argument("--negative-prompt", default="", metavar="TEXT")
-    generate.add_argument("--steps", type=int, default=50)
-    generate.add_argument("--guidance-scale", type=float, default=8.0, metavar="S")
-    generate.add_argument("--sampler", default="ddim", help="ddim, euler, euler_ancestral, dpmpp_2m, ...")
-    generate.add_argument("--eta", type=float, default=0.0, help="ddim's share of fresh noise")
-    generate.add_argument("--size", type=_size, metavar="WxH", help="for example 512x768")
-    generate.add_argument("--seed", type=_seeds, metavar="N[,N...]", help="one, counted up, or one per image: 7,8,9")
-    generate.add_argument("--count", type=int, default=1, help="images per prompt")
-    generate.add_argument("--image", type=Path, help="picture to start from")
-    generate.add_argument("--strength", type=float, default=0.8, help="share of the schedule that redraws --image")
-    generate.add_argument("--vae-tiling", action="store_true", help="decode large pictures tile by tile")
+    generate.add_argument("--size", type=_size, metavar="WxH", help="for example 512x768 (default: the model's)")
+    _add_options(generate, Options)
     generate.add_argument(
         "--concept", type=Path, action="append", metavar="FILE", help="draw with this concept; may be repeated"
     )
@@ -91,39 +86,42 @@ def _add_train(parser: argparse.ArgumentParser, model: argparse.ArgumentParser) 
     shared.add_argument("images", type=Path, help="folder with the pictures (jpg, png, webp)")
     shared.add_argument("--noun", required=True, help="class noun, as prompts will spell it")
     shared.add_argument("--out", type=Path, required=True, metavar="FILE", help="concept file to write")
-    shared.add_argument("--accumulation-steps", type=int, default=1)
-    shared.add_argument("--masks", type=Path, help="folder with a greyscale mask per picture, by the same stem")
-    shared.add_argument("--size", type=int, help="training resolution in pixels (default: the model's)")
-    shared.add_argument("--seed", type=int, default=0)
-    shared.add_argument("--gradient-checkpointing", action="store_true", help="less memory, slower")
-    shared.add_argument("--folder", type=Path, help="for checkpoint, log and samples; a stopped run goes on from it")
-    shared.add_argument("--checkpoint-every", type=int, default=100, metavar="STEPS")
-    shared.add_argument("--sample-every", type=int, default=100, metavar="STEPS", help="0 for no samples")
     shared.add_argument("--quiet", action="store_true", help="no progress bar")
 
     title = "residuals under the foundation's attention maps"
     infusion = methods.add_parser("infusion", parents=[model, shared], help=title)
-    infusion.add_argument("--steps", type=int, default=500)
-    infusion.add_argument("--learning-rate", type=float, default=0.01)
-    infusion.add_argument("--batch-size", type=int, default=4)
-    infusion.add_argument("--space", default="text", help="text or value")
+    _add_options(infusion, InfusionOptions)
     infusion.add_argument("--file-dtype", default="float16", help="float16 or int8 (half the size)")
     infusion.set_defaults(run=_train_infusion)
 
     title = "tokens, keys and values, with a context per picture"
     ico = methods.add_parser("ico", parents=[model, shared], help=title)
-    ico.add_argument("--steps", type=int, default=900)
-    ico.add_argument("--learning-rate", type=float, default=6e-5, help="of tokens, keys and values")
-    ico.add_argument("--context-learning-rate", type=float, default=6e-4)
-    ico.add_argument("--batch-size", type=int, default=6)
-    ico.add_argument("--scheme", default="dci", help="how many tokens: ico or dci")
-    ico.add_argument("--tokens-only", action="store_true", help="leave keys and values as they are")
-    ico.add_argument("--initial-tokens", metavar="WORDS", help="what the tokens start from (default: rare tokens)")
-    ico.add_argument("--placeholder", default="V*", help="what prompts will write for the tokens")
-    ico.add_argument("--prior-images", type=int, default=0, help="class pictures to draw and train on beside")
-    ico.add_argument("--prior-weight", type=float, default=1.0)
+    _add_options(ico, ICOOptions)
     ico.add_argument("--rank", type=int, help="write the changes as factors of this rank (default: whole)")
     ico.set_defaults(run=_train_ico)
+
+
+def _add_options(parser: argparse.ArgumentParser, kind: type) -> None:
+    """The options that an options class has on the command line; what is not given there is not in the namespace."""
+    for one in on_command_line(kind):
+        name = one.name.replace("_", "-")
+        spellings, help = [f"--{name}", *one.metadata["flags"]], one.metadata["help"].replace("%", "%%")
+        if isinstance(one.default, bool):
+            action = argparse.BooleanOptionalAction if one.default else "store_true"
+            parser.add_argument(*spellings, action=action, default=argparse.SUPPRESS, help=help)
+            continue
+        if one.default not in (None, ""):
+            help = f"{help} (default: {one.default})"
+        kind_of = _TYPES.get(one.name) or (Path if one.default is None else type(one.default))
+        parser.add_argument(
+            *spellings, type=kind_of, default=argparse.SUPPRESS, metavar=one.metadata["metavar"], help=help
+        )
+
+
+def _given(arguments: argparse.Namespace, kind: type) -> dict[str, Any]:
+    """The options of a class that were given, and whether progress is shown."""
+    names = [one.name for one in on_command_line(kind) if one.name in arguments]
+    return {name: getattr(arguments, name) for name in names} | {"progress": not arguments.quiet}
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -141,6 +139,13 @@ def _seeds(text: str) -> int | list[int]:
     return numbers[0] if len(numbers) == 1 else numbers
 
 
+_TYPES: dict[str, Any] = {
+    "seed": _seeds,
+    "size": int,
+    "initial_tokens": str,
+}  # by option, where it is not the default's
+
+
 def _load(arguments: argparse.Namespace) -> Engine:
     import engine
 
@@ -153,43 +158,26 @@ def _load(arguments: argparse.Namespace) -> Engine:
     )
 
 
-_SHARED = (
-    "steps",
-    "learning_rate",
-    "batch_size",
-    "accumulation_steps",
-    "masks",
-    "size",
-    "seed",
-    "gradient_checkpointing",
-    "folder",
-    "checkpoint_every",
-    "sample_every",
-)
-
-
 def _train_infusion(arguments: argparse.Namespace) -> int:
     check_choice("file-dtype", arguments.file_dtype, ("float16", "int8"))  # before the training, not after
-    return _train(arguments, "train_infusion", {"space": arguments.space}, {"dtype": arguments.file_dtype})
+    return _train(arguments, "train_infusion", InfusionOptions, {"dtype": arguments.file_dtype})
 
 
 def _train_ico(arguments: argparse.Namespace) -> int:
     if arguments.rank is not None:
         check_integer("rank", arguments.rank, 1)
-        if arguments.tokens_only:
-            raise ValueError(f"rank belongs to keys and values, which tokens-only leaves alone, got {arguments.rank}")
-    names = ("context_learning_rate", "scheme", "initial_tokens", "placeholder", "prior_images", "prior_weight")
-    own = {name: getattr(arguments, name) for name in names} | {"train_kv": not arguments.tokens_only}
-    return _train(arguments, "train_ico", own, {"rank": arguments.rank})
+        if "train_kv" in arguments and not arguments.train_kv:
+            raise ValueError(f"rank belongs to keys and values, which no-train-kv leaves alone, got {arguments.rank}")
+    return _train(arguments, "train_ico", ICOOptions, {"rank": arguments.rank})
 
 
-def _train(arguments: argparse.Namespace, method: str, own: dict[str, Any], file: dict[str, Any]) -> int:
+def _train(arguments: argparse.Namespace, method: str, kind: type, file: dict[str, Any]) -> int:
     import engine
 
     if not arguments.out.parent.is_dir():
         raise ValueError(f"out must be a file in an existing folder, got {str(arguments.out)!r}")
-    shared = {name: getattr(arguments, name) for name in _SHARED} | {"progress": not arguments.quiet}
-    concept = getattr(engine, method)(_load(arguments), arguments.images, arguments.noun, **shared, **own)
+    options = _given(arguments, kind)
+    concept = getattr(engine, method)(_load(arguments), arguments.images, arguments.noun, **options)
     concept.save(arguments.out, **file)
     print(f"{arguments.out}  {arguments.out.stat().st_size} bytes")
     return 0
@@ -198,26 +186,12 @@ def _train(arguments: argparse.Namespace, method: str, own: dict[str, Any], file
 def _generate(arguments: argparse.Namespace) -> int:
     from PIL import Image
 
-    customization = _customization(arguments)
-    image = None if arguments.image is None else Image.open(arguments.image)
-    width, height = arguments.size or (None, None)
-    out = _load(arguments).generate(
-        arguments.prompts,
-        negative_prompt=arguments.negative_prompt,
-        steps=arguments.steps,
-        guidance_scale=arguments.guidance_scale,
-        sampler=arguments.sampler,
-        eta=arguments.eta,
-        height=height,
-        width=width,
-        seed=arguments.seed,
-        images_per_prompt=arguments.count,
-        image=image,
-        strength=arguments.strength,
-        customization=customization,
-        vae_tiling=arguments.vae_tiling,
-        progress=not arguments.quiet,
-    )
+    options = _given(arguments, Options) | {"customization": _customization(arguments)}
+    if "image" in options:
+        options["image"] = Image.open(options["image"])
+    if arguments.size is not None:
+        options["width"], options["height"] = arguments.size
+    out = _load(arguments).generate(arguments.prompts, **options)
     for path, prompt in zip(out.save(arguments.out), out.settings["prompts"], strict=True):
         print(f"{path}  {prompt}")
     if arguments.grid:
@@ -275,6 +249,7 @@ def _info(arguments: argparse.Namespace) -> int:
     import torch
 
     from .backends.native import levels
+    from .backends.ops import serving
 
     rows = [("twinstream", __version__), ("python", platform.python_version())]
     rows += [(name, _version(name)) for name in _PACKAGES]
@@ -287,10 +262,7 @@ def _info(arguments: argparse.Namespace) -> int:
     sizes = {"unet": sd.unet, "vae": sd.vae, "text encoder": sd.text_encoder.model}
     rows = [("model", sd.name), ("device, dtype", f"{sd.device}, {str(sd.dtype).removeprefix('torch.')}")]
     rows += [(part, f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M parameters") for part, m in sizes.items()]
-    for op in fields(sd.backend):
-        if op.name != "name":
-            function = getattr(sd.backend, op.name)
-            rows.append((op.name, f"{sd.backend.name}: {function.__module__.rpartition('.')[2]}.{function.__name__}"))
+    rows += [(op, what) for op, what in serving(sd.backend, sd.device).items()]
     _print_rows(rows)
     return 0
 

@@ -14,4 +14,8 @@ class NonFiniteError(RuntimeError):
 
 
 class OutOfMemoryError(RuntimeError):
-    """The GPU's memory does not hold what was asked for; the message says what would fit."""
+    """The memory does not hold what was asked for; the message says what would fit."""
+
+
+class UnknownArgumentError(ValueError, TypeError):
+    """A keyword that a function does not have."""

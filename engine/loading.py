@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import threading
-import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -13,19 +12,21 @@ import torch
 from .backends.graphs import CudaCapture, Graphs
 from .backends.native import DTYPES, levels, native_ops
 from .backends.ops import TORCH, TRITON, Ops
-from .backends.packed_weights import pack_convolutions
-from .checks import check_choice
-from .engine import Engine
+from .checks import check_choice, check_integer
+from .engine import MAX_PIXELS, Engine
 from .errors import CheckpointError
+from .kernels.jit import load_kernels
+from .models.layers import pack_convolutions
 from .models.unet import UNet2DConditionModel
 from .models.vae import AutoencoderKL
 from .result import Result
 from .text.encoder import TextEncoder
+from .warn import warn
 from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.tensors import load_module
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
-_BACKENDS = ("auto", "torch", "native", "triton")
+BACKENDS = ("auto", "torch", "native", "triton")
 
 
 def load(
@@ -36,6 +37,7 @@ def load(
     backend: str = "auto",
     graphs: bool | None = None,
     config: str | Path | None = None,
+    max_pixels: int = MAX_PIXELS,
 ) -> Engine:
     """Load a model.
 
@@ -50,13 +52,15 @@ def load(
             unless given, with backend "triton".
         config: for a single file, a diffusers folder whose configs and tokenizer to use; the file's own folder where it
             is one. Without any, sizes are read from the tensors' shapes and the rest is SD v1.5's.
+        max_pixels: the largest height x width that ``generate`` takes.
 
     Raises:
         CheckpointError: files are missing, damaged or do not match their config.
         ValueError: another argument cannot be honoured.
         RuntimeError: the backend is not built, or not for this device and dtype.
     """
-    check_choice("backend", backend, _BACKENDS)
+    check_choice("backend", backend, BACKENDS)
+    check_integer("max_pixels", max_pixels, 1)
     where = _device(device)
     kind = _dtype(dtype, where)
     ops = _ops(backend, where, kind)
@@ -77,7 +81,7 @@ def load(
         unet.compose()
     has_graphs = ops.name == "triton" if graphs is None else graphs
     captured = Graphs(lambda: CudaCapture(where)) if has_graphs else None
-    return Engine(checkpoint.name, unet, vae, text_encoder, checkpoint.schedule, ops, captured)
+    return Engine(checkpoint.name, unet, vae, text_encoder, checkpoint.schedule, ops, captured, max_pixels)
 
 
 def _check_fit(checkpoint: Checkpoint) -> None:
@@ -124,6 +128,8 @@ def _ops(backend: str, device: torch.device, dtype: torch.dtype) -> Ops:
     fits = device.type == "cpu" and dtype in DTYPES
     if backend == "auto":
         backend = "native" if fits and levels() else "torch"
+    if backend == "triton":
+        load_kernels()
     if backend == "triton" and device.type != "cuda":
         raise RuntimeError(f"backend 'triton' needs a CUDA device, got {device}; use backend='torch'")
     if backend == "native" and not fits:
@@ -139,7 +145,7 @@ def _dtype(dtype: str | torch.dtype | None, device: torch.device) -> torch.dtype
     name = str(dtype).removeprefix("torch.")
     kind = _DTYPES[check_choice("dtype", name, tuple(_DTYPES))]
     if kind == torch.float16 and device.type == "cpu":
-        warnings.warn("float16 is about 1000 times slower than bfloat16 on a CPU", RuntimeWarning, stacklevel=3)
+        warn("float16 is about 1000 times slower than bfloat16 on a CPU", RuntimeWarning)
     return kind
 
 

@@ -29,7 +29,7 @@ _A1111_SAMPLERS = {
 }
 
 
-@dataclass(frozen=True, slots=True)
+@dataclass(frozen=True, slots=True, eq=False)
 class Result:
     """Pictures and how they were made.
 
@@ -91,7 +91,7 @@ class Result:
                 method = {"infusion": "Infusion", "ico": "ICO"}[custom["method"]]
                 values[method] = "+".join(concept["name"] for concept in custom["concepts"])
         values["Version"] = f"twinstream {__version__}"
-        return "\n".join([*lines, ", ".join(f"{name}: {value}" for name, value in values.items())])
+        return "\n".join([*lines, ", ".join(f"{name}: {_quoted(value)}" for name, value in values.items())])
 
     def save(self, folder: str | Path) -> list[Path]:
         """Write the pictures as ``<number>-<seed>.png`` with their settings inside; nothing is overwritten.
@@ -119,6 +119,12 @@ class Result:
         per_image = {name: f"{name}s" for name in ("prompt", "negative_prompt", "seed", "customization")}
         shared = {name: value for name, value in self.settings.items() if name not in per_image.values()}
         return {name: self.settings[many][i] for name, many in per_image.items()} | shared
+
+
+def _quoted(value: Any) -> str:
+    """A value as A1111 writes it: in JSON's quotes where it would otherwise end early."""
+    text = str(value)
+    return json.dumps(text, ensure_ascii=False) if any(mark in text for mark in ',:\n"') else text
 
 
 def _write(path: Path, image: Image.Image | np.ndarray, info: PngInfo) -> Path:

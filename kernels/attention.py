@@ -10,13 +10,17 @@ et al. 2022, arXiv:2205.14135). Head dims are split into two powers of two, so t
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .choice import is_faster
+from .jit import cdiv, jit, next_power_of_2
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 _MAX_HEAD_DIM = 256
 
@@ -38,7 +42,7 @@ def attention_ref(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
     return F.scaled_dot_product_attention(q, k, v).transpose(1, 2).flatten(2)
 
 
-@triton.jit
+@jit
 def _rows_of(ptr, offs, mask, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, D: tl.constexpr):
     """Channels FIRST to FIRST + WIDTH of some rows of one head, zeros beyond D."""
     offs_d = FIRST + tl.arange(0, WIDTH)
@@ -46,7 +50,7 @@ def _rows_of(ptr, offs, mask, stride, FIRST: tl.constexpr, WIDTH: tl.constexpr, 
     return tl.load(ptr + offs[:, None] * stride + offs_d[None, :], mask=inside, other=0.0)
 
 
-@triton.jit
+@jit
 def _attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, out_ptr, N, S, C, stride_q, stride_k, stride_v, scale,
     D: tl.constexpr, D_LOW: tl.constexpr, D_HIGH: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -102,7 +106,7 @@ def tile(head_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
     """Constants of a launch: the head dim and its two parts, tile sizes, the precision of products, warps, stages."""
     low = max(16, 1 << (head_dim.bit_length() - 1))
     rest = max(0, head_dim - low)
-    high = max(16, triton.next_power_of_2(rest)) if rest else 0
+    high = max(16, next_power_of_2(rest)) if rest else 0
     is_wide = head_dim > 128
     return {
         "D": head_dim,
@@ -129,7 +133,7 @@ def attention_triton(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
         return out
     constants = tile(C // n_heads, q.dtype)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        _attention_fwd_kernel[(triton.cdiv(N, constants["BLOCK_N"]), n_heads, B)](
+        _attention_fwd_kernel[(cdiv(N, constants["BLOCK_N"]), n_heads, B)](
             q, k, v, out, N, S, C, q.stride(1), k.stride(1), v.stride(1), (C // n_heads) ** -0.5, **constants
         )  # fmt: skip
     return out

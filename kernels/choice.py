@@ -16,9 +16,17 @@ from torch import Tensor
 FASTER: dict[tuple[str, int], frozenset[tuple[int, ...]]] = {}
 
 
+CHOSEN = ("attention", "layer_norm_linear", "layer_norm_geglu", "linear_add")  # the ops that the table decides on
+
+
+def faster_sizes(op: str, device: torch.device) -> frozenset[tuple[int, ...]]:
+    """The sizes at which our kernel of an op serves on a device."""
+    return FASTER.get((op, _capability(device)), frozenset()) if device.type == "cuda" else frozenset()
+
+
 def is_faster(op: str, x: Tensor, *sizes: int) -> bool:
     """Whether our kernel is the faster one on the device of ``x``; on a CPU it never is."""
-    return x.is_cuda and sizes in FASTER.get((op, _capability(x.device)), frozenset())
+    return x.is_cuda and sizes in faster_sizes(op, x.device)
 
 
 @cache

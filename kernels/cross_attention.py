@@ -10,11 +10,16 @@ needs no running maximum. Head dims are walked in chunks that divide them, so 40
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from .jit import cdiv, jit, next_power_of_2
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 _BLOCK_N = 64
 _N_WARPS = 8  # with 4, head dims of 160 spill
@@ -62,7 +67,7 @@ def cross_attention_sdpa(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, n_head
     return both[..., :D].transpose(1, 2).flatten(2), columns
 
 
-@triton.jit
+@jit
 def map_tile(
     q_ptr, k_ptr, offs_n, N, S, C, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
@@ -82,7 +87,7 @@ def map_tile(
     return p / tl.sum(p, axis=1)[:, None]
 
 
-@triton.jit
+@jit
 def _cross_attention_fwd_kernel(
     q_ptr, k_ptr, v_ptr, tokens_ptr, out_ptr, columns_ptr, N, S, C, T, n_heads, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
@@ -114,7 +119,7 @@ def tile(q: Tensor, k: Tensor, n_heads: int) -> dict[str, int | str]:
     D = q.shape[-1] // n_heads
     chunk = next((size for size in (64, 32) if D % size == 0), 16)
     precision = "ieee" if q.dtype == torch.float32 else "tf32"  # nothing but float32 has a choice
-    block_s = max(16, triton.next_power_of_2(k.shape[1]))
+    block_s = max(16, next_power_of_2(k.shape[1]))
     return {
         "D": D,
         "BLOCK_N": _BLOCK_N,
@@ -144,7 +149,7 @@ def cross_attention_triton(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, n_he
         return out, columns
     constants = tile(q, k, n_heads)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        _cross_attention_fwd_kernel[(triton.cdiv(N, _BLOCK_N), n_heads, B)](
+        _cross_attention_fwd_kernel[(cdiv(N, _BLOCK_N), n_heads, B)](
             q, k, v, tokens, out, columns, N, S, C, T, n_heads, (C // n_heads) ** -0.5, **constants
         )  # fmt: skip
     return out, columns

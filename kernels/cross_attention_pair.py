@@ -9,14 +9,16 @@ once and stays on the chip.
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .cross_attention import check_layout, cross_attention, cross_attention_ref, map_tile, tile
+from .jit import cdiv, jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 torch.library.define(
     "twinstream::cross_attention_pair",
@@ -46,7 +48,7 @@ def cross_attention_pair_ref(
     return out, out_residual
 
 
-@triton.jit
+@jit
 def _cross_attention_pair_fwd_kernel(
     q_ptr, k_ptr, v_ptr, tokens_ptr, residuals_ptr, out_ptr, out_residual_ptr, N, S, C, T, scale,
     D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr, PRECISION: tl.constexpr,
@@ -86,7 +88,7 @@ def cross_attention_pair_triton(
         return out, out_residual
     constants = tile(q, k, n_heads)
     with torch.cuda.device_of(q):  # Triton launches on the current device
-        _cross_attention_pair_fwd_kernel[(triton.cdiv(N, constants["BLOCK_N"]), n_heads, B)](
+        _cross_attention_pair_fwd_kernel[(cdiv(N, constants["BLOCK_N"]), n_heads, B)](
             q, k, v, tokens, residuals, out, out_residual, N, S, C, T, (C // n_heads) ** -0.5, **constants
         )  # fmt: skip
     return out, out_residual

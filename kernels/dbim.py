@@ -19,12 +19,16 @@ cheaper than keeping masks and both outputs, and mixes. Neither map nor mask lea
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .cross_attention import check_layout, map_tile, tile
+from .jit import cdiv, jit, next_power_of_2
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 _SIGNATURE = (
     "(Tensor q, Tensor k, Tensor v, Tensor chosen, Tensor lengths, Tensor gates, int n_heads, bool logits) -> Tensor"
@@ -93,7 +97,7 @@ def dbim_ref(
     return torch.cat([mixed, auxiliary]).transpose(1, 2).flatten(2)
 
 
-@triton.jit
+@jit
 def _mask_of_tile(p, q_ptr, k_ptr, offs_n, chosen, length, N, S, C, scale, token_scale, LOGITS: tl.constexpr,
                   D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
                   PRECISION: tl.constexpr):  # fmt: skip
@@ -115,7 +119,7 @@ def _mask_of_tile(p, q_ptr, k_ptr, offs_n, chosen, length, N, S, C, scale, token
     return tl.sum(tl.where(chosen[None, :], sharpened, 0.0), axis=1) / tl.sum(sharpened, axis=1)
 
 
-@triton.jit
+@jit
 def _map_and_mask(
     q_ptr, k_ptr, chosen_ptr, lengths_ptr, row, pid_h, offs_n, N, S, C, scale, token_scale,
     LOGITS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
@@ -133,7 +137,7 @@ def _map_and_mask(
     return p, m
 
 
-@triton.jit
+@jit
 def _dbim_space_kernel(
     q_ptr, k_ptr, chosen_ptr, lengths_ptr, gates_ptr, partial_ptr, N, S, C, n_heads, n_pairs, scale,
     LOGITS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr, CHUNK: tl.constexpr,
@@ -152,7 +156,7 @@ def _dbim_space_kernel(
     tl.store(partial_ptr + at + 1, tl.sum(tl.where(offs_n < N, tl.exp(space_scale * (m - peak)), 0.0), axis=0))
 
 
-@triton.jit
+@jit
 def _gate_of_tile(m, partial_ptr, n_blocks, space_scale, gain, BLOCK_BLOCKS: tl.constexpr):
     """``s`` (BLOCK_N,): the spatial softmax, from the first pass's maxima and sums of one row and head."""
     offs = tl.arange(0, BLOCK_BLOCKS)
@@ -163,7 +167,7 @@ def _gate_of_tile(m, partial_ptr, n_blocks, space_scale, gain, BLOCK_BLOCKS: tl.
     return gain * tl.exp(space_scale * (m - peak)) / tl.sum(scaled, axis=0)
 
 
-@triton.jit
+@jit
 def _dbim_mix_kernel(
     q_ptr, k_ptr, v_ptr, chosen_ptr, lengths_ptr, gates_ptr, partial_ptr, out_ptr, N, S, C, n_heads, n_pairs, scale,
     LOGITS: tl.constexpr, BLOCK_BLOCKS: tl.constexpr, D: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_S: tl.constexpr,
@@ -223,7 +227,7 @@ def dbim_triton(
     if not out.numel():
         return out
     constants = tile_pair(q, k, n_heads) | {"LOGITS": logits}
-    n_blocks = triton.cdiv(N, constants["BLOCK_N"])
+    n_blocks = cdiv(N, constants["BLOCK_N"])
     partial = q.new_empty(B, n_heads, n_blocks, 2, dtype=torch.float32)
     scale = (C // n_heads) ** -0.5
     with torch.cuda.device_of(q):  # Triton launches on the current device
@@ -232,7 +236,7 @@ def dbim_triton(
         )  # fmt: skip
         _dbim_mix_kernel[(n_blocks, n_heads, B // 2)](
             q, k, v, chosen, lengths, gates, partial, out, N, S, C, n_heads, B // 2, scale,
-            BLOCK_BLOCKS=triton.next_power_of_2(n_blocks), **constants,
+            BLOCK_BLOCKS=next_power_of_2(n_blocks), **constants,
         )  # fmt: skip
     return out
 

@@ -8,11 +8,16 @@ The kernel forms the product in float32 and rounds once.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from .jit import cdiv, jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 _BLOCK = 1024
 
@@ -25,7 +30,7 @@ def geglu_ref(x: Tensor) -> Tensor:
     return value * F.gelu(gate)
 
 
-@triton.jit
+@jit
 def _geglu_fwd_kernel(x_ptr, y_ptr, n_cols, BLOCK: tl.constexpr):
     row = tl.program_id(0).to(tl.int64)  # row * n_cols overflows int32 on large batches
     cols = tl.program_id(1) * BLOCK + tl.arange(0, BLOCK)
@@ -44,7 +49,7 @@ def geglu_triton(x: Tensor) -> Tensor:
     n_cols = y.shape[-1]
     if y.numel():
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            _geglu_fwd_kernel[(y.numel() // n_cols, triton.cdiv(n_cols, _BLOCK))](x, y, n_cols, BLOCK=_BLOCK)
+            _geglu_fwd_kernel[(y.numel() // n_cols, cdiv(n_cols, _BLOCK))](x, y, n_cols, BLOCK=_BLOCK)
     return y
 
 

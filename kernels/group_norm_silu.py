@@ -15,11 +15,16 @@ is subtracted before scaling: folding it into an offset would cancel large means
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from .jit import cdiv, jit, next_power_of_2
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 _BLOCK_N, _BLOCK_C = 64, 64
 _COMBINED = 1024  # statistics combined at a time: many chunks of few channels; more of them spill
@@ -51,7 +56,7 @@ def group_norm_silu_ref(
     return F.silu(group_norm_ref(x, weight, bias, groups, eps))
 
 
-@triton.jit
+@jit
 def _group_norm_stats_kernel(x_ptr, mean_ptr, m2_ptr, N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
     pid_n, pid_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
     offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
@@ -67,7 +72,7 @@ def _group_norm_stats_kernel(x_ptr, mean_ptr, m2_ptr, N, C, BLOCK_N: tl.constexp
     tl.store(m2_ptr + at, tl.sum(deviation * deviation, axis=0), mask=mask_c)
 
 
-@triton.jit
+@jit
 def _group_norm_combine_kernel(
     mean_ptr, m2_ptr, shift_ptr, weight_ptr, centre_ptr, scale_ptr, N, C, n_chunks, stride_shift, eps,
     HAS_SHIFT: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
@@ -104,7 +109,7 @@ def _group_norm_combine_kernel(
     tl.store(centre_ptr + pid_b * C + offs_c, tl.zeros([BLOCK_G], tl.float32) + mean, mask=mask_c)
 
 
-@triton.jit
+@jit
 def _group_norm_apply_kernel(
     x_ptr, shift_ptr, centre_ptr, scale_ptr, bias_ptr, y_ptr, N, C, stride_shift,
     HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
@@ -141,7 +146,7 @@ def group_norm_silu_triton(
 
 def group_tile(group: int) -> dict[str, int]:
     """Constants by which statistics of groups of so many channels are combined."""
-    block_g = triton.next_power_of_2(group)
+    block_g = next_power_of_2(group)
     return {"GROUP": group, "BLOCK_G": block_g, "BLOCK_CHUNKS": max(1, _COMBINED // block_g)}
 
 
@@ -159,11 +164,11 @@ def _launch(
     if not y.numel():
         return y
     N, group = height * width, C // groups
-    n_chunks = triton.cdiv(N, _BLOCK_N)
+    n_chunks = cdiv(N, _BLOCK_N)
     mean, m2 = x.new_empty(2, B, n_chunks, C, dtype=torch.float32).unbind(0)
     centre, scale = x.new_empty(2, B, C, dtype=torch.float32).unbind(0)
     stride_shift = shift.stride(0) if shift is not None and len(shift) > 1 else 0
-    tiles = (n_chunks, triton.cdiv(C, _BLOCK_C), B)
+    tiles = (n_chunks, cdiv(C, _BLOCK_C), B)
     shift_here, has_shift = x if shift is None else shift, shift is not None
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _group_norm_stats_kernel[tiles](x, mean, m2, N, C, BLOCK_N=_BLOCK_N, BLOCK_C=_BLOCK_C)

@@ -9,15 +9,19 @@ activation of a transformer block, never is in memory.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .choice import is_faster
 from .geglu import geglu, geglu_ref
+from .jit import cdiv, jit
 from .layer_norm_linear import check_products, normalised_tile, precision, row_stats, weight_tile
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 _TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 8, "num_stages": 3}
 
@@ -44,7 +48,7 @@ def layer_norm_geglu_ref(
     return geglu_ref(F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight, bias))
 
 
-@triton.jit
+@jit
 def _layer_norm_geglu_fwd_kernel(
     x_ptr, stats_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, bias_ptr, y_ptr, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -80,7 +84,7 @@ def layer_norm_geglu_triton(
         return y
     M, stats = x.numel() // K, row_stats(x, eps)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        _layer_norm_geglu_fwd_kernel[(triton.cdiv(N, _TILE["BLOCK_N"]), triton.cdiv(M, _TILE["BLOCK_M"]))](
+        _layer_norm_geglu_fwd_kernel[(cdiv(N, _TILE["BLOCK_N"]), cdiv(M, _TILE["BLOCK_M"]))](
             x, stats, norm_weight, norm_bias, weight, bias, y, M, N, K, PRECISION=precision(x.dtype), **_TILE
         )  # fmt: skip
     return y

@@ -9,13 +9,17 @@ loads them, so the normalised rows never are in memory.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .choice import is_faster
+from .jit import cdiv, jit, next_power_of_2
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 _BLOCK_ROWS = 8
 _TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
@@ -41,7 +45,7 @@ def layer_norm_linear_ref(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps
     return F.linear(F.layer_norm(x, x.shape[-1:], norm_weight, norm_bias, eps), weight)
 
 
-@triton.jit
+@jit
 def _layer_norm_stats_kernel(x_ptr, stats_ptr, M, K, eps, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     offs_m = tl.program_id(0).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
     offs_k = tl.arange(0, BLOCK_K)
@@ -54,7 +58,7 @@ def _layer_norm_stats_kernel(x_ptr, stats_ptr, M, K, eps, BLOCK_M: tl.constexpr,
     tl.store(stats_ptr + 2 * offs_m + 1, rstd, mask=offs_m < M)
 
 
-@triton.jit
+@jit
 def normalised_tile(x_ptr, norm_weight_ptr, norm_bias_ptr, offs_m, offs_k, mean, rstd, M, K):
     """``LN(x)`` (BLOCK_M, BLOCK_K) in the dtype of ``x``, zeros beyond its channels."""
     mask_k = offs_k < K
@@ -65,14 +69,14 @@ def normalised_tile(x_ptr, norm_weight_ptr, norm_bias_ptr, offs_m, offs_k, mean,
     return y.to(x_ptr.dtype.element_ty)
 
 
-@triton.jit
+@jit
 def weight_tile(weight_ptr, offs_n, offs_k, N, K):
     """Rows ``offs_n`` of a weight (N, K), transposed: (BLOCK_K, BLOCK_N)."""
     mask = (offs_k < K)[:, None] & (offs_n < N)[None, :]
     return tl.load(weight_ptr + offs_n[None, :] * K + offs_k[:, None], mask=mask, other=0.0)
 
 
-@triton.jit
+@jit
 def _layer_norm_linear_fwd_kernel(
     x_ptr, stats_ptr, norm_weight_ptr, norm_bias_ptr, weight_ptr, y_ptr, M, N, K,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -109,8 +113,8 @@ def row_stats(x: Tensor, eps: float) -> Tensor:
     M = x.numel() // K
     stats = x.new_empty(M, 2, dtype=torch.float32)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        _layer_norm_stats_kernel[(triton.cdiv(M, _BLOCK_ROWS),)](
-            x, stats, M, K, eps, BLOCK_M=_BLOCK_ROWS, BLOCK_K=triton.next_power_of_2(K)
+        _layer_norm_stats_kernel[(cdiv(M, _BLOCK_ROWS),)](
+            x, stats, M, K, eps, BLOCK_M=_BLOCK_ROWS, BLOCK_K=next_power_of_2(K)
         )
     return stats
 
@@ -124,7 +128,7 @@ def layer_norm_linear_triton(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, 
         return y
     M, stats = x.numel() // K, row_stats(x, eps)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        _layer_norm_linear_fwd_kernel[(triton.cdiv(N, _TILE["BLOCK_N"]), triton.cdiv(M, _TILE["BLOCK_M"]))](
+        _layer_norm_linear_fwd_kernel[(cdiv(N, _TILE["BLOCK_N"]), cdiv(M, _TILE["BLOCK_M"]))](
             x, stats, norm_weight, norm_bias, weight, y, M, N, K, PRECISION=precision(x.dtype), **_TILE
         )  # fmt: skip
     return y

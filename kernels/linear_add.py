@@ -10,14 +10,18 @@ Bias and residual are added to float32 sums, which are rounded once.
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
 import torch.nn.functional as F
-import triton
-import triton.language as tl
 from torch import Tensor
 
 from .choice import is_faster
+from .jit import cdiv, jit
 from .layer_norm_linear import check_products, precision, weight_tile
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 _TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
 
@@ -47,7 +51,7 @@ def linear_add_ref(
     return residual + y
 
 
-@triton.jit
+@jit
 def _product(acc, x_ptr, weight_ptr, offs_m, offs_n, M, N, K, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
     """``acc`` plus the tile's rows of ``x`` (M, K) times ``weight`` (N, K) transposed."""
     for first in range(0, K, BLOCK_K):
@@ -58,7 +62,7 @@ def _product(acc, x_ptr, weight_ptr, offs_m, offs_n, M, N, K, BLOCK_K: tl.conste
     return acc
 
 
-@triton.jit
+@jit
 def _linear_add_fwd_kernel(
     x_ptr, weight_ptr, z_ptr, z_weight_ptr, bias_ptr, residual_ptr, y_ptr, M, N, K, K_z,
     BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -89,7 +93,7 @@ def linear_add_triton(
     y = torch.empty_like(residual)
     if y.numel():
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            _linear_add_fwd_kernel[(triton.cdiv(N, _TILE["BLOCK_N"]), triton.cdiv(M, _TILE["BLOCK_M"]))](
+            _linear_add_fwd_kernel[(cdiv(N, _TILE["BLOCK_N"]), cdiv(M, _TILE["BLOCK_M"]))](
                 x, weight, *second, bias, residual, y, M, N, K, K_z, PRECISION=precision(x.dtype), **_TILE
             )  # fmt: skip
     return y

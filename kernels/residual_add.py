@@ -8,10 +8,15 @@ cuDNN adds a bias in a pass of its own, so the convolution runs without and both
 
 from __future__ import annotations
 
+from typing import TYPE_CHECKING
+
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from .jit import cdiv, jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 _BLOCK = 1024
 
@@ -23,7 +28,7 @@ def residual_add_ref(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
     return x + bias[:, None, None] + residual
 
 
-@triton.jit
+@jit
 def _residual_add_fwd_kernel(x_ptr, residual_ptr, bias_ptr, y_ptr, n_values, C, BLOCK: tl.constexpr):
     offs = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     mask = offs < n_values
@@ -42,7 +47,7 @@ def residual_add_triton(x: Tensor, residual: Tensor, bias: Tensor) -> Tensor:
     y = torch.empty_like(x, memory_format=torch.channels_last)
     if y.numel():
         with torch.cuda.device_of(x):  # Triton launches on the current device
-            _residual_add_fwd_kernel[(triton.cdiv(y.numel(), _BLOCK),)](
+            _residual_add_fwd_kernel[(cdiv(y.numel(), _BLOCK),)](
                 x, residual, bias, y, y.numel(), x.shape[1], BLOCK=_BLOCK
             )
     return y

@@ -10,12 +10,15 @@ queries, no softmax and no projection of its own, only this product with an inne
 
 from __future__ import annotations
 
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import torch
-import triton
-import triton.language as tl
 from torch import Tensor
+
+from .jit import cdiv, jit
+
+if TYPE_CHECKING:
+    import triton.language as tl
 
 _BLOCK_N, _BLOCK_C, _BLOCK_K = 64, 64, 16
 
@@ -41,7 +44,7 @@ def residual_apply_ref(x: Tensor, out: Tensor, columns: Tensor, leaders: Tensor,
     return torch.baddbmm(x + out[leaders], columns[leaders], residuals)
 
 
-@triton.jit
+@jit
 def _residual_apply_fwd_kernel(
     x_ptr, out_ptr, columns_ptr, leaders_ptr, residuals_ptr, y_ptr, N, C, K,
     BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
@@ -76,7 +79,7 @@ def residual_apply_triton(x: Tensor, out: Tensor, columns: Tensor, leaders: Tens
     if not y.numel():
         return y
     n_followers, N, C = x.shape
-    grid = (triton.cdiv(N, _BLOCK_N), triton.cdiv(C, _BLOCK_C), n_followers)
+    grid = (cdiv(N, _BLOCK_N), cdiv(C, _BLOCK_C), n_followers)
     precision = "ieee" if x.dtype == torch.float32 else "tf32"  # nothing but float32 has a choice
     with torch.cuda.device_of(x):  # Triton launches on the current device
         _residual_apply_fwd_kernel[grid](

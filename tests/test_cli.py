@@ -114,7 +114,7 @@ def test_train_and_use_an_ico_concept(small_folder: Path, tmp_path: Path, capsys
         ([*draw, "--dci", "cat"], "dci must be the placeholder of one of the concepts (V*), got 'cat'"),
         ([*draw, "--foundation", "shared"], "foundation belongs to Infusion concepts"),
         ([*train, "--rank", "0"], "rank must be an integer >= 1"),
-        ([*train, "--rank", "2", "--tokens-only"], "rank belongs to keys and values"),
+        ([*train, "--rank", "2", "--no-train-kv"], "rank belongs to keys and values"),
     ):
         assert main(command) == 1
         assert message in capsys.readouterr().err

@@ -1,7 +1,10 @@
 """What ``generate`` promises: the same picture in any batch and thread, cancellation, and errors that name a stage."""
 
+import inspect
 import threading
 import warnings
+from dataclasses import fields
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -9,7 +12,8 @@ import torch
 from PIL import Image
 
 import engine
-from tests.pipelines import relative_error
+from engine.sampling.arguments import Options
+from tests.pipelines import random_concept, relative_error
 
 _FAST = {"steps": 4, "progress": False}
 
@@ -37,6 +41,64 @@ def test_a_picture_does_not_depend_on_its_batch(small: engine.Engine) -> None:
     for i, (prompt, negative) in enumerate(zip(prompts, ["", "x", ""], strict=True)):
         alone = small.generate(prompt, negative_prompt=negative, seed=7 + i, sampler="euler_ancestral", **_FAST)
         assert relative_error(together.latents[i : i + 1], alone.latents) <= 1e-5
+
+
+def test_images_of_a_prompt_stand_in_a_row(small: engine.Engine) -> None:
+    together = small.generate(["a cat", "a dog"], negative_prompt=["x", "y"], images_per_prompt=2, seed=3, **_FAST)
+    assert together.settings["prompts"] == ["a cat", "a cat", "a dog", "a dog"]
+    assert together.settings["negative_prompts"] == ["x", "x", "y", "y"]
+    for i, (prompt, negative) in enumerate((("a cat", "x"), ("a cat", "x"), ("a dog", "y"), ("a dog", "y"))):
+        alone = small.generate(prompt, negative_prompt=negative, seed=3 + i, **_FAST)
+        assert relative_error(together.latents[i : i + 1], alone.latents) <= 1e-5
+
+
+def test_pictures_that_start_alike_but_for_their_start_are_two(small: engine.Engine) -> None:
+    """Same prompt and seed, other pictures or latents to start from: no trajectory is shared."""
+    pictures = [Image.new("RGB", (16, 16), colour) for colour in ("black", "white")]
+    noise = torch.randn(2, 4, 8, 8, generator=torch.Generator().manual_seed(0))
+    for starts in ({"image": pictures, "strength": 0.5}, {"latents": noise}):
+        out = small.generate("a cat", images_per_prompt=2, seed=[5, 5], **starts, **_FAST)
+        for i in (0, 1):
+            one = {name: value[i : i + 1] if name != "strength" else value for name, value in starts.items()}
+            alone = small.generate("a cat", seed=5, **one, **_FAST)
+            assert relative_error(out.latents[i : i + 1], alone.latents) <= 1e-5
+        assert relative_error(out.latents[:1], out.latents[1:]) > 1e-2
+
+
+def test_a_callback_sees_the_pictures_latents_alone(small: engine.Engine) -> None:
+    """Not those of foundations or auxiliary branches; the last call sees the result."""
+    seen: list[torch.Tensor] = []
+    customizations = [engine.Infusion([random_concept(small)]), engine.DCI("cat", fraction=1.0), None]
+    out = small.generate(
+        "a cat",
+        images_per_prompt=3,
+        seed=[1, 2, 3],
+        customization=customizations,
+        callback=lambda _step, _total, latents: seen.append(latents.clone()),
+        **_FAST,
+    )
+    assert [len(latents) for latents in seen] == [3] * 4
+    assert torch.equal(seen[-1], out.latents)
+
+
+def test_a_text_encoder_that_fails_is_named(small_folder: Path) -> None:
+    sd = engine.load(small_folder)
+    with torch.no_grad():
+        sd.text_encoder.model.final_layer_norm.weight.fill_(torch.nan)
+    with pytest.raises(engine.NonFiniteError, match="the text encoder produced NaN or infinity"):
+        sd.generate("a cat", **_FAST)
+
+
+def test_help_signature_and_settings_follow_the_options(small: engine.Engine) -> None:
+    parameters = inspect.signature(small.generate).parameters
+    assert list(parameters)[:3] == ["prompt", "negative_prompt", "steps"]
+    assert [name for name, one in parameters.items() if one.kind is one.VAR_KEYWORD] == []
+    declared = {one.name: one for one in fields(Options)}
+    assert parameters.keys() - {"prompt"} == declared.keys()
+    settings = small.generate("a cat", **_FAST).settings
+    for name, one in declared.items():
+        assert f"{name}: {one.metadata['help'].split()[0]}" in engine.Engine.generate.__doc__
+        assert not one.metadata["setting"] or name in settings
 
 
 def test_seeds(small: engine.Engine) -> None:

@@ -54,3 +54,93 @@ def test_no_source_file_imports_diffusers() -> None:
 def test_files_stay_readable() -> None:
     for file in [*_ROOT.rglob("*.py"), *(_ROOT.parent / "kernels").glob("*.py")]:
         assert len(file.read_text().splitlines()) <= 350, file
+
+
+# Each place may import from those before it, and from its own folder; places of one line not from one another
+_ORDER = (
+    ("errors", "version"),
+    ("checks", "files", "warn"),
+    ("options",),
+    ("kernels",),
+    ("backends",),
+    ("models",),
+    ("text", "weights", "observe"),
+    ("methods",),
+    ("sampling",),
+    ("result",),
+    ("engine",),
+    ("loading",),
+    ("train", "evaluate", "serve"),
+    ("cli",),
+)
+
+
+def _modules() -> dict[str, ast.Module]:
+    """Every module of the package by its dotted name under ``engine``."""
+    files = [file for file in _ROOT.rglob("*.py") if file != _ROOT / "__init__.py"]
+    files += [_ROOT / "kernels" / file.name for file in (_ROOT / "kernels").glob("*.py")]
+    names = {".".join(file.relative_to(_ROOT).with_suffix("").parts).removesuffix(".__init__"): file for file in files}
+    return {name: ast.parse(file.read_text()) for name, file in names.items()}
+
+
+def _imports(name: str, tree: ast.Module, known: set[str]) -> set[str]:
+    """The modules of the package that a module imports when it runs, at its top or within a function."""
+    types_only = {
+        id(inner)
+        for node in ast.walk(tree)
+        if isinstance(node, ast.If) and "TYPE_CHECKING" in ast.unparse(node.test)
+        for inner in ast.walk(node)
+    }
+    found = set()
+    for node in ast.walk(tree):
+        if isinstance(node, ast.ImportFrom) and node.level and id(node) not in types_only:
+            base = name.split(".")[: -node.level]
+            module = ".".join([*base, *([node.module] if node.module else [])])
+            found |= {full for alias in node.names if (full := f"{module}.{alias.name}".lstrip(".")) in known} or {
+                module
+            }
+    return found
+
+
+def test_imports_run_one_way() -> None:
+    trees = _modules()
+    rank = {place: i for i, places in enumerate(_ORDER) for place in places}
+    assert {name.split(".")[0] for name in trees} <= rank.keys()
+    graph = {name: _imports(name, tree, set(trees)) for name, tree in trees.items()}
+    assert sum(map(len, graph.values())) > 100
+    for name, imported in graph.items():
+        for other in imported:
+            here, there = name.split(".")[0], other.split(".")[0]
+            assert here == there or rank[there] < rank[here], f"{name} imports {other}"
+    assert not _circle(graph)
+
+
+def _circle(graph: dict[str, set[str]]) -> list[str]:
+    """Modules that import one another, by taking away those that import nothing that is left."""
+    left = {name: set(imported) & graph.keys() for name, imported in graph.items()}
+    while free := [name for name, imported in left.items() if not imported]:
+        left = {name: imported - set(free) for name, imported in left.items() if name not in free}
+    return sorted(left)
+
+
+def test_a_circle_is_found() -> None:
+    assert _circle({"a": {"b"}, "b": {"c"}, "c": {"b"}, "d": set()}) == ["a", "b", "c"]
+    assert not _circle({"a": {"b"}, "b": set()})
+
+
+def test_without_triton(small_folder: Path) -> None:
+    """As on macOS and Windows: everything but the Triton backend works, and that says what it needs."""
+    code = (
+        "import sys; sys.modules['triton'] = None\n"
+        "import engine\n"
+        f"sd = engine.load({str(small_folder)!r})\n"
+        "sd.generate('a cat', steps=1, progress=False, customization=engine.DCI('cat', fraction=1.0))\n"
+        f"try: engine.load({str(small_folder)!r}, backend='triton')\n"
+        "except RuntimeError as error: print(error)"
+    )
+    assert "need the package triton, which is there for Linux only" in _run(code)
+
+
+def test_triton_is_imported_when_it_is_asked_for() -> None:
+    code = "import sys, engine.backends.ops; print('triton' in sys.modules)"
+    assert _run(code).strip() == "False"

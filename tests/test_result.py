@@ -1,6 +1,7 @@
 """Saving pictures with their settings."""
 
 import json
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -55,3 +56,21 @@ def test_image_to_image_settings(small: engine.Engine) -> None:
 def test_latents_are_not_pictures(small: engine.Engine, tmp_path: Path) -> None:
     with pytest.raises(ValueError, match="latents cannot be saved"):
         small.generate("a cat", steps=1, output="latent", progress=False).save(tmp_path)
+
+
+def test_sizes_are_width_by_height(small: engine.Engine) -> None:
+    out = small.generate("a cat", height=12, width=20, steps=1, seed=0, progress=False)
+    assert "Size: 20x12, " in out.parameters(0)
+    assert out.images[0].size == (20, 12)
+
+
+def test_values_that_would_end_early_are_quoted_as_a1111_does(small: engine.Engine) -> None:
+    out = small.generate("a cat", steps=1, seed=0, progress=False)
+    named = replace(out, settings=out.settings | {"model": 'sd, 1.5: "mine"'})
+    assert ', Model: "sd, 1.5: \\"mine\\"", Version: ' in named.parameters(0)
+
+
+def test_results_can_be_compared(small: engine.Engine) -> None:
+    one, other = (small.generate("a cat", steps=1, seed=0, output="numpy", progress=False) for _ in range(2))
+    assert one == one  # noqa: PLR0124 (dataclasses compare arrays and fail)
+    assert one != other

@@ -26,11 +26,13 @@ from benchmarks.systems import default_request
 from benchmarks.tinyworld.backgrounds import BACKGROUNDS
 from benchmarks.tinyworld.concepts import CONCEPTS, reference_pictures
 from benchmarks.tinyworld.studies import GUIDANCE_SCALE, STEPS, Judge, prompts, side_by_side
+from engine.methods.concept_cache import Texts
 from engine.methods.dci import PRESETS
 from engine.observe.sheet import grid
 from engine.sampling.loop import denoise
 from engine.sampling.plan import make_plans
 from engine.sampling.samplers import make_table
+from engine.sampling.start import start
 
 STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
@@ -81,17 +83,21 @@ class _Gates:
     def watching(self, _images: Sequence[int]):
         return lambda layer, masks: self.masks.setdefault(layer, []).append(masks.cpu())
 
+    def forget_step(self) -> None: ...
+
+    def keep_step(self) -> None: ...
+
 
 @torch.no_grad()
 def spread(sd: engine.Engine, prompt: str, dci: engine.DCI) -> list[dict[str, float]]:
     """How the concept's weight w = sigmoid(s_c - lambda s_a) is distributed at each scale, over steps and heads."""
     request = default_request(sd, prompt, customization=dci, seed=0, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
-    table = make_table(request.sampler, sd.schedule, request.steps, request.eta, request.begin)
-    plans = make_plans(request, len(table), sd.text_encoder, sd._encode, sd._project, sd.device)
-    start, noise = sd._start(request, table)
+    table = make_table(request.options.sampler, sd.schedule, request.options.steps)
+    plans = make_plans(request, len(table), Texts(sd.text_encoder), sd.concepts, sd.device)
+    x, noise = start(request, table, sd._vae, sd.device)
     gates: Any = _Gates()
-    denoise(sd.unet, table, plans, start, noise, lambda _i, _x: True, None, gates)
-    mixing = plans[0].mixing
+    denoise(sd.unet, table, plans, x, noise, lambda _i, _x: True, None, gates)
+    mixing = plans[0].rows.batch.mixing
     assert mixing is not None
     strength, _, _, gain = mixing.gates[0].tolist()
     weights: dict[int, list[Tensor]] = {}

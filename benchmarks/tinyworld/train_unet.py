@@ -27,7 +27,7 @@ from benchmarks.tinyworld.training import EMA, Optimizer, Run
 from engine.backends.ops import TORCH
 from engine.engine import Engine
 from engine.kernels.cross_attention import cross_attention_ref
-from engine.models.conditioning import Conditioning, Following
+from engine.models.conditioning import Batch, Conditioning, Following
 from engine.models.config import ScheduleConfig, UNetConfig, VAEConfig
 from engine.models.unet import UNet2DConditionModel
 from engine.models.vae import AutoencoderKL
@@ -174,7 +174,7 @@ class Trainee(torch.nn.Module):
         nobody = torch.empty(0, dtype=torch.int64)
         watched = Following(words.nouns, nobody, ())
         keep = lambda layer, out, columns: maps.append(columns)  # noqa: E731
-        condition = Conditioning(self.unet.time_shifts(timesteps), text, watched, observe=keep)
+        condition = Conditioning(Batch(text, watched), self.unet.time_shifts(timesteps), observe=keep)
         return self.unet.denoise(noisy, condition), maps, (whole - alone.detach()).square().mean()
 
 

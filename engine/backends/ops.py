@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 
+import torch
 from torch import Tensor
 
 from ..kernels.attention import attention, attention_ref
+from ..kernels.choice import CHOSEN, faster_sizes
 from ..kernels.cross_attention import cross_attention, cross_attention_sdpa
 from ..kernels.dbim import dbim, dbim_ref
 from ..kernels.group_norm_silu import group_norm, group_norm_ref, group_norm_silu, group_norm_silu_ref
@@ -61,3 +63,24 @@ TRITON = Ops(
     layer_norm_geglu=layer_norm_geglu,
     linear_add=linear_add,
 )
+
+_PRODUCTS = ("layer_norm_linear", "layer_norm_geglu", "linear_add")
+
+
+def serving(ops: Ops, device: torch.device) -> dict[str, str]:
+    """What runs each op on a device, in words."""
+    found = {}
+    for op in fields(ops):
+        if op.name == "name":
+            continue
+        function = getattr(ops, op.name)
+        name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
+        if ops.name == "triton" and op.name in CHOSEN:
+            sizes = faster_sizes(op.name, device)
+            what = f"triton at {len(sizes)} sizes, torch elsewhere" if sizes else "torch (nothing in kernels/choice.py)"
+        elif ops.name == "native" and op.name in _PRODUCTS:
+            what = f"{name}, its product by oneDNN or MKL"
+        else:
+            what = name
+        found[op.name] = f"{ops.name}: {what}"
+    return found

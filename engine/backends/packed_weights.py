@@ -15,8 +15,6 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from ..models.layers import PointwiseConv2d
-
 _FEW_POSITIONS = 512  # of the whole batch: SD v1.5's two rows of 16x16
 _FEW_PRODUCTS = 1 << 22  # of a linear layer, for which calling oneDNN takes longer than MKL does in float32
 
@@ -27,15 +25,6 @@ def can_pack(dtype: torch.dtype) -> bool:
     if dtype == torch.bfloat16:
         return torch.backends.mkldnn.is_available() and torch.ops.mkldnn._is_mkldnn_bf16_supported()
     return torch.backends.mkldnn.is_available() and dtype == torch.float32
-
-
-def pack_convolutions(model: nn.Module) -> None:
-    """Replace the convolutions of a model by ones with the same parameters."""
-    for module in list(model.modules()):
-        for name, child in module.named_children():
-            if isinstance(child, nn.Conv2d):
-                is_pointwise = isinstance(child, PointwiseConv2d)
-                setattr(module, name, PackedPointwiseConv2d(child) if is_pointwise else PackedConv2d(child))
 
 
 class PackedLinear:
@@ -87,9 +76,9 @@ class PackedConv2d(nn.Module):
 
 
 class PackedPointwiseConv2d(nn.Module):
-    """A ``PointwiseConv2d`` with the same parameters and a packed weight."""
+    """A pointwise convolution, over the last axis, with the same parameters and a packed weight."""
 
-    def __init__(self, conv: PointwiseConv2d) -> None:
+    def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
         self.linear = PackedLinear()

@@ -12,6 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..checks import check_choice, check_integer
+from ..errors import ConceptFileError
+from .concept_file import read_concept, write_concept
 
 _SPACES, _DTYPES = ("text", "value"), ("float16", "int8")
 
@@ -106,6 +108,12 @@ class Concept:
         if not self.name:
             object.__setattr__(self, "name", self.noun or self.placeholder)
 
+    def tensors(self) -> list[tuple[str, Tensor]]:
+        """All that was learned, with a name each."""
+        tokens = [] if self.tokens is None else [("tokens", self.tokens)]
+        changes = [(name, factor) for name, change in self.changes.items() for factor in change.factors]
+        return [*self.residuals.items(), *tokens, *changes]
+
     @property
     def method(self) -> str:
         """ "infusion" or "ico"."""
@@ -133,9 +141,18 @@ class Concept:
         Raises:
             ValueError: a number exceeds float16's range.
         """
-        from .concept_file import write
-
-        write(self if rank is None else self.compressed(rank), Path(path), check_choice("dtype", dtype, _DTYPES))
+        concept = self if rank is None else self.compressed(rank)
+        own = (
+            {"residuals": concept.residuals, "space": concept.space}
+            if concept.method == "infusion"
+            else {
+                "tokens": concept.tokens,
+                "placeholder": concept.placeholder,
+                "changes": {name: change.factors for name, change in concept.changes.items()},
+            }
+        )
+        shared = {"noun": concept.noun, "base": concept.base, "training": dict(concept.training)}
+        write_concept(Path(path), concept.method, {**shared, **own}, check_choice("dtype", dtype, _DTYPES))
 
     @classmethod
     def load(cls, path: str | Path) -> Concept:
@@ -144,9 +161,14 @@ class Concept:
         Raises:
             ConceptFileError: it is not one, is damaged, or holds what a concept cannot; the message names the file.
         """
-        from .concept_file import read
-
-        return read(Path(path))
+        path = Path(path)
+        fields = read_concept(path)
+        if "changes" in fields:
+            fields["changes"] = {name: Change(*factors) for name, factors in fields["changes"].items()}
+        try:
+            return cls(**fields, name=path.stem)
+        except ValueError as error:
+            raise ConceptFileError(f"{path}: {error}") from error
 
 
 _USES = {

@@ -10,8 +10,7 @@ from __future__ import annotations
 import json
 import os
 import re
-import tempfile
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from pathlib import Path
 from typing import Any
 
@@ -22,7 +21,7 @@ from safetensors.torch import save as save_tensors
 from torch import Tensor
 
 from ..errors import ConceptFileError
-from .concept import Change, Concept
+from ..files import write_atomically
 
 _FORMAT, _VERSION = "twinstream-concept", "1"
 _MAX_FILE_BYTES = {"infusion": 1_000_000, "ico": 256_000_000}
@@ -39,34 +38,62 @@ _LOOKS = {
 }
 
 
-def write(concept: Concept, path: Path, dtype: str) -> None:
-    """Write a concept; see ``Concept.save``."""
+def write_concept(path: Path, method: str, fields: Mapping[str, Any], dtype: str) -> None:
+    """Write what a concept holds.
+
+    Args:
+        path: the file, which is replaced in one step or not at all.
+        method: "infusion" or "ico".
+        fields: "noun", "base" and "training", and "residuals" (by layer) and "space", or "tokens", "placeholder" and
+            "changes" (by projection, one or two factors).
+        dtype: see ``Concept.save``.
+
+    Raises:
+        ValueError: a number exceeds float16's range, or the file would be too large to be read again.
+    """
     metadata = {
         "format": _FORMAT,
         "version": _VERSION,
-        "method": concept.method,
-        "noun": concept.noun,
-        "base": _compact([round(value, 4) for value in concept.base]),
-        "training": _compact(dict(concept.training)),
+        "method": method,
+        "noun": fields["noun"],
+        "base": _compact([round(value, 4) for value in fields["base"]]),
+        "training": _compact(fields["training"]),
     }
-    if concept.method == "infusion":
-        metadata["space"] = concept.space
-        metadata["layers"] = _compact({_shorten(name): len(vector) for name, vector in concept.residuals.items()})
-        tensors = _pack_residuals(concept, dtype)
+    if method == "infusion":
+        residuals = fields["residuals"]
+        metadata["space"] = fields["space"]
+        metadata["layers"] = _compact({_shorten(name): len(vector) for name, vector in residuals.items()})
+        tensors = _pack_residuals(residuals.values(), dtype)
     elif dtype != "float16":
         raise ValueError(f"dtype must be float16 for tokens and changes of keys and values, got {dtype!r}")
     else:
-        metadata["placeholder"] = concept.placeholder
-        tensors = {} if concept.tokens is None else {"tokens": concept.tokens}
-        for name, change in concept.changes.items():
-            ends = (".up", ".down") if change.down is not None else ("",)
-            tensors |= {_shorten(name) + end: factor for end, factor in zip(ends, change.factors, strict=True)}
+        metadata["placeholder"] = fields["placeholder"]
+        tensors = {} if fields["tokens"] is None else {"tokens": fields["tokens"]}
+        for name, factors in fields["changes"].items():
+            ends = (".up", ".down") if len(factors) > 1 else ("",)
+            tensors |= {_shorten(name) + end: factor for end, factor in zip(ends, factors, strict=True)}
         tensors = {name: _half(name, tensor) for name, tensor in tensors.items()}
-    write_atomically(path, save_tensors(tensors, metadata))
+    data = save_tensors(tensors, metadata)
+    _check_readable(data, method, len(metadata["training"]))
+    write_atomically(path, data)
 
 
-def read(path: Path) -> Concept:
-    """Read a concept; see ``Concept.load``."""
+def _check_readable(data: bytes, method: str, training_bytes: int) -> None:
+    """Refuse to write what ``read_concept`` would refuse."""
+    header = int.from_bytes(data[:8], "little")
+    if header > _MAX_HEADER_BYTES:
+        rule = f"names and training must fit a header of {_MAX_HEADER_BYTES} bytes"
+        raise ValueError(f"{rule}, got {header} bytes, {training_bytes} of them training; shorten training")
+    if len(data) > _MAX_FILE_BYTES[method]:
+        raise ValueError(f"a concept file must be at most {_MAX_FILE_BYTES[method]} bytes, got {len(data)}")
+
+
+def read_concept(path: Path) -> dict[str, Any]:
+    """Read what ``write_concept`` wrote, as the fields of a concept.
+
+    Raises:
+        ConceptFileError: it is no concept file, is damaged, or holds what none can; the message names the file.
+    """
     try:
         data, metadata = _read(path)
         tensors = load_tensors(data)
@@ -75,13 +102,13 @@ def read(path: Path) -> Concept:
         if any(isinstance(value, bool) or not isinstance(value, int | float) for value in base):
             raise ValueError(f"base must be a list of numbers, found {base}")
         training = _decode(metadata, "training", dict)
-        return Concept(metadata["noun"], base=tuple(map(float, base)), training=training, name=path.stem, **own)
+        return {"noun": metadata["noun"], "base": tuple(map(float, base)), "training": training, **own}
     except (ValueError, SafetensorError) as error:
         raise ConceptFileError(f"{path}: {error}") from error
 
 
-def _pack_residuals(concept: Concept, dtype: str) -> dict[str, Tensor]:
-    vectors = [residual.detach().cpu().float() for residual in concept.residuals.values()]
+def _pack_residuals(residuals: Iterable[Tensor], dtype: str) -> dict[str, Tensor]:
+    vectors = [residual.detach().cpu().float() for residual in residuals]
     if dtype == "float16":
         return {"residuals": _half("residuals", torch.cat(vectors))}
     scales = torch.stack([vector.abs().max() / 127 for vector in vectors])
@@ -115,7 +142,7 @@ def _unpack_residuals(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]
 def _unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[str, Any]:
     if len(tensors) > 1 + 4 * _MAX_LAYERS:
         raise ValueError(f"the file must hold at most {1 + 4 * _MAX_LAYERS} tensors, found {len(tensors)}")
-    changes, parts = dict[str, Change](), dict(tensors)
+    changes, parts = dict[str, tuple[Tensor, ...]](), dict(tensors)
     tokens = parts.pop("tokens", None)
     for name, tensor in tensors.items():
         if tensor.dtype != torch.float16 or tensor.ndim != 2:
@@ -127,7 +154,7 @@ def _unpack(tensors: Mapping[str, Tensor], metadata: Mapping[str, str]) -> dict[
             raise ValueError(
                 f"tensors must be tokens, or <layer>.to_k or <layer>.to_v, whole or as .up and .down, found {name!r}"
             )
-        changes[f"{_lengthen(layer)}.{projection}"] = Change(*(factor.float() for factor in found))
+        changes[f"{_lengthen(layer)}.{projection}"] = tuple(factor.float() for factor in found)
     tokens = None if tokens is None else tokens.float()
     return {"tokens": tokens, "placeholder": metadata["placeholder"], "changes": changes}
 
@@ -137,23 +164,6 @@ def _half(name: str, tensor: Tensor) -> Tensor:
     if not torch.isfinite(half).all():
         raise ValueError(f"{name} must fit float16 to be saved, got {tensor.abs().max():g}")
     return half
-
-
-def write_atomically(path: Path, data: bytes) -> None:
-    """Write a file through a temporary one in the same folder: a crash leaves the old file, or none, whole."""
-    handle, temporary = tempfile.mkstemp(dir=path.parent, prefix=f".{path.name}-")
-    try:
-        with os.fdopen(handle, "wb") as file:
-            file.write(data)
-            file.flush()
-            os.fsync(file.fileno())
-        mask = os.umask(0)
-        os.umask(mask)
-        Path(temporary).chmod(0o666 & ~mask)  # mkstemp's files are for the owner alone
-        Path(temporary).replace(path)
-    except BaseException:
-        Path(temporary).unlink(missing_ok=True)
-        raise
 
 
 def _read(path: Path) -> tuple[bytes, dict[str, str]]:

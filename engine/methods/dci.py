@@ -2,22 +2,54 @@
 
 from __future__ import annotations
 
+import math
 import re
 from dataclasses import dataclass, replace
 from typing import Any
 
 from ..checks import check_choice, check_flag, check_number
-from ..text.encoder import Text, TextEncoder, Tokens, find_phrase, word_pattern
+from ..text.encoder import Tokens
+from ..text.weighting import WeightedPrompt
+from ..text.words import find_phrase, word_pattern
 from .concept import Concept, check_concepts
+from .concept_cache import Text, Texts
 
 PRESETS: dict[str, tuple[float, float, float]] = {  # tau_t, tau_s, gain
     "calibrated": (10.0, 10.0, 500.0),
     "paper": (1.0, 1.0, 1.0),
 }
-# The first noun of the concept's own category that is not the concept's stands in for it in the auxiliary branch
+# The first noun of the concept's own category that is not the concept's stands in for it in the auxiliary branch. The
+# categories hold the subjects of both papers' data (DreamBooth's and Custom Diffusion's) and what lies beside them.
 AUXILIARY_NOUNS: dict[str, tuple[str, ...]] = {
-    "animal": ("dog", "cat", "bear", "duck", "horse", "rabbit", "bird", "lion", "fox"),
-    "object": ("backpack", "teapot", "mug", "shoe", "car", "boat", "house", "tree", "toy", "chair", "vase", "clock"),
+    "animal": (
+        *("dog", "cat", "bear", "duck", "horse", "rabbit", "bird", "lion", "fox", "tiger", "wolf", "panda", "corgi"),
+        *("puppy", "kitten", "tortoise", "turtle", "hamster", "cow", "sheep", "pig", "elephant", "monkey", "owl"),
+        *("penguin", "fish", "frog", "goat", "deer", "zebra", "giraffe", "dragon", "dinosaur", "chicken", "squirrel"),
+    ),
+    "person": ("woman", "man", "girl", "boy", "person", "child", "lady", "gentleman", "baby"),
+    "toy": (
+        "toy",
+        "plushie",
+        "plushy",
+        "doll",
+        "stuffed animal",
+        "teddy bear",
+        "teddybear",
+        "action figure",
+        "robot",
+        "puppet",
+    ),
+    "vessel": ("mug", "teapot", "cup", "bowl", "vase", "can", "bottle", "pot", "jar", "kettle", "glass", "plate"),
+    "bag": ("backpack", "handbag", "suitcase", "bag", "purse", "basket"),
+    "clothing": ("shoe", "boot", "sneaker", "hat", "shirt", "jacket", "dress", "coat", "scarf", "glove", "sock"),
+    "eyewear": ("glasses", "sunglasses", "goggles"),
+    "vehicle": ("car", "boat", "truck", "bicycle", "bus", "motorcycle", "train", "airplane", "ship", "bike", "van"),
+    "building": ("house", "barn", "castle", "church", "tower", "temple", "cabin", "lighthouse"),
+    "plant": ("tree", "flower", "cactus", "bush", "plant", "rose", "mushroom"),
+    "furniture": ("chair", "table", "sofa", "bed", "lamp", "desk", "bench", "stool", "cabinet", "candle", "clock"),
+    "instrument": ("guitar", "violin", "piano", "drum", "trumpet"),
+    "food": ("cake", "bread", "pizza", "apple", "burger", "sandwich", "cookie", "berry", "banana"),
+    "drawing": ("cartoon", "painting", "statue", "sculpture", "logo"),
 }
 
 
@@ -31,7 +63,7 @@ class DCI:
             branches and all lend their tokens, keys and values to both.
         auxiliary_noun: what takes its place; chosen by category where not given, and told in ``Result.settings``.
         strength: lambda, usually -2 to 2: how much the auxiliary branch takes over. One for all images, or one each.
-        fraction: share of the steps that mix, from the first; 0 is off.
+        fraction: T_a / T, the share of the steps that mix, from the first; halves of a step round up. 0 is off.
         preset: "calibrated", or "paper" for the masks as they are printed, sums of logits.
         guidance: whether the auxiliary branch is guided away from the concept's unconditional prediction ("shared")
             or from its "own", which costs a row more.
@@ -123,9 +155,12 @@ class DCI:
         """The noun of the auxiliary branch."""
         if self.auxiliary_noun is not None:
             return self.auxiliary_noun
-        noun = self.noun.lower()
-        category = "animal" if noun in AUXILIARY_NOUNS["animal"] else "object"
-        return next(candidate for candidate in AUXILIARY_NOUNS[category] if candidate != noun)
+        noun = self.noun.lower().strip()
+        for known in (noun, noun.split()[-1]):  # "golden retriever dog" is a dog
+            for nouns in AUXILIARY_NOUNS.values():
+                if known in nouns:
+                    return next(candidate for candidate in nouns if candidate not in (known, noun))
+        raise ValueError(f"auxiliary_noun must be given for a noun of no known category, got {self.noun!r}")
 
     @property
     def scales(self) -> tuple[float, float, float]:
@@ -146,12 +181,12 @@ class DCI:
         return replace(self, strength=self.strength[image])
 
     def mixing_steps(self, steps: int) -> int:
-        """How many of ``steps`` steps mix."""
-        return round(self.fraction * steps)
+        """T_a, how many of ``steps`` steps mix: ``fraction * steps``, a half rounded up."""
+        return round_half_up(self.fraction * steps)
 
     def shortened(self, steps: int) -> int:
         """The steps of a schedule whose mixing steps count twice and that costs about ``steps`` steps."""
-        return max(1, round(steps / (1 + self.fraction))) if self.match_cost else steps
+        return max(1, round_half_up(steps / (1 + self.fraction))) if self.match_cost else steps
 
     def settings(self) -> dict[str, Any]:
         """How a result describes one image's."""
@@ -186,36 +221,44 @@ class Branches:
     lengths: tuple[int, int]
 
 
-def make_branches(prompt: str, dci: DCI, text_encoder: TextEncoder) -> Branches:
+def make_branches(prompt: str, dci: DCI, texts: Texts) -> Branches:
     """Write the auxiliary prompt and choose the tokens of both masks.
 
     Raises:
         ValueError: the concept is absent from the prompt, there more than once, or cut off.
     """
-    whole = text_encoder.tokenize(prompt, dci.concepts)
+    given = texts.text(prompt, dci.concepts)
+    whole = texts.tokens(given)
     find_phrase(whole, dci.pattern, dci.phrase)  # checks the whole prompt, whichever branch sees it
     _check_noun_follows(whole, dci)
-    concept_prompt = _with_article("a photo of a", dci.phrase) if dci.separate_prompts else prompt
-    texts = (Text(concept_prompt, dci.concepts), Text(replace_phrase(prompt, dci), dci.concepts))
-    concept, auxiliary = (text_encoder.tokenize(text.prompt, text.concepts) for text in texts)
+    own = texts.text(_with_article("a photo of a", dci.phrase), dci.concepts) if dci.separate_prompts else given
+    other = Text(replace_phrase(given.prompt, dci), dci.concepts)
+    concept, auxiliary = texts.tokens(own), texts.tokens(other)
     noun = find_phrase(concept, dci.pattern, dci.phrase)
     stand_in = _stand_in(auxiliary, whole, dci)
     others = [at for at in range(1, len(auxiliary.spans) + 1) if at not in stand_in]
-    return Branches(texts, (noun, others), (len(concept.spans), len(auxiliary.spans)))
+    return Branches((own, other), (noun, others), (len(concept.spans), len(auxiliary.spans)))
 
 
-def replace_phrase(prompt: str, dci: DCI) -> str:
-    """The prompt with the auxiliary noun in the concept's place, and the article that goes with it."""
-    stand_in = dci.auxiliary
+def replace_phrase(prompt: WeightedPrompt, dci: DCI) -> WeightedPrompt:
+    """The prompt with the auxiliary noun in the concept's place, and the article that goes with it.
 
-    def swap(match: re.Match[str]) -> str:
-        article, space = match.group(1), match.group(2)
-        if article is None:
-            return stand_in
-        fitting = "an" if stand_in[0].lower() in "aeiou" else "a"
-        return (fitting.capitalize() if article[0].isupper() else fitting) + space + stand_in
+    It works on parsed text, so that weighting marks within the concept's name do not hide it; the auxiliary noun gets
+    the mean weight of the characters that it replaces.
+    """
+    found = re.search(rf"(?:(?<!\w)(an?)(?=\s))?(\s*){dci.pattern}", prompt.text, re.IGNORECASE)
+    assert found is not None  # find_phrase found it
+    article, stand_in = found.group(1), dci.auxiliary
+    if article is None:
+        return prompt.replaced(found.end(2), found.end(), stand_in)
+    fitting = "an" if stand_in[0].lower() in "aeiou" else "a"
+    swapped = prompt.replaced(found.end(2), found.end(), stand_in)
+    return swapped.replaced(*found.span(1), fitting.capitalize() if article[0].isupper() else fitting)
 
-    return re.sub(rf"(?:(?<!\w)(an?)(\s+))?{dci.pattern}", swap, prompt, flags=re.IGNORECASE)
+
+def round_half_up(number: float) -> int:
+    """The nearest integer, halves up; a half that floating point left just below itself is one too."""
+    return math.floor(round(number, 9) + 0.5)
 
 
 def _with_article(text: str, noun: str) -> str:

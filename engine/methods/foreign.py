@@ -4,14 +4,17 @@ from __future__ import annotations
 
 import re
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from ..engine import Engine
 from ..errors import ConceptFileError
 from .concept import Change, Concept
+
+if TYPE_CHECKING:
+    from ..engine import Engine
 
 _MAX_BYTES = 256_000_000
 _A1111_NAME = "emb_params"

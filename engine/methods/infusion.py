@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -14,10 +13,9 @@ from ..checks import check_choice
 from ..errors import ConceptFileError
 from ..models.transformer import CrossAttention
 from ..models.unet import UNet2DConditionModel
-from ..text.encoder import Tokens, find_noun
+from ..text.encoder import Tokens
+from ..text.words import find_noun
 from .concept import Concept, check_concepts
-
-_SAME_BASE = 0.05  # fine-tunes stay below, and so do roundings to any dtype
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,19 +78,6 @@ def residual_widths(unet: UNet2DConditionModel, space: str) -> dict[str, int]:
     return {name: attn2.to_v.in_features if space == "text" else attn2.to_v.out_features for name, attn2 in layers}
 
 
-def fingerprint(unet: UNet2DConditionModel) -> tuple[float, ...]:
-    """What tells base models apart, in any dtype: one random projection of each layer's normalised value weights.
-
-    Two unrelated models differ by about 1 in every number; weights that differ by a relative d differ by about d.
-    """
-    numbers = []
-    for attn2 in unet.cross_attentions.values():
-        weight = attn2.to_v.weight.detach().cpu().double()
-        pattern = torch.randn(weight.shape, generator=torch.Generator().manual_seed(0))
-        numbers.append(round(float((weight * pattern).sum() / weight.norm()), 4))
-    return tuple(numbers)
-
-
 def check_fit(concept: Concept, unet: UNet2DConditionModel) -> None:
     """Raise ``ConceptFileError`` unless the concept has one residual of the right width for every layer."""
     expected = residual_widths(unet, concept.space)
@@ -127,26 +112,14 @@ def project_residual(attn2: CrossAttention, residual: Tensor, space: str) -> Ten
     return torch.einsum("chd,hd->hc", weight, value.unflatten(0, (attn2.n_heads, -1)))
 
 
-def check_base(concept: Concept, base: tuple[float, ...]) -> None:
-    """Warn if a concept was trained on a model of another fingerprint; one of another length is an error."""
-    if concept.base and len(concept.base) != len(base):
-        found = f"base must have {len(base)} numbers here, found {len(concept.base)}"
-        raise ConceptFileError(f"concept {concept.name!r}: {found}")
-    if concept.base and max(abs(a - b) for a, b in zip(concept.base, base, strict=True)) > _SAME_BASE:
-        message = f"concept {concept.name!r} was trained on another model; it may mean nothing to this one"
-        warnings.warn(message, stacklevel=3)
-
-
 @torch.no_grad()
-def project(concept: Concept, unet: UNet2DConditionModel, base: tuple[float, ...]) -> tuple[Tensor, ...]:
+def project(concept: Concept, unet: UNet2DConditionModel) -> tuple[Tensor, ...]:
     """Per cross-attention layer, the projected residual (H, C), in the weights' device and dtype.
 
     Raises:
-        ConceptFileError: the concept does not fit. One of another model with the same sizes, told by the model's
-            fingerprint ``base``, is used with a warning.
+        ConceptFileError: the concept does not fit.
     """
     check_fit(concept, unet)
-    check_base(concept, base)
     like = unet.conv_in.weight
     return tuple(
         project_residual(attn2, concept.residuals[name].to(like.device, torch.float32), concept.space).to(like.dtype)

@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 from torch import Tensor
 
+TextKV = tuple[tuple[Tensor, Tensor], ...]  # per cross-attention layer, keys and values (B, S, C)
 Observe = Callable[[int, Tensor, Tensor], None]
 ObserveMasks = Callable[[int, Tensor], None]
 
@@ -65,33 +66,45 @@ class Shared:
 
 
 @dataclass(frozen=True, slots=True)
-class Conditioning:
-    """What the rows of a batch are conditioned on, projected for every layer.
+class Batch:
+    """What the B rows of a batch attend to, the same at every step.
 
     Attributes:
-        shifts: (B, sum of C), what ``UNet2DConditionModel.time_shifts`` gives for each row's timestep.
         text: per cross-attention layer, keys and values (B - F, S, C) of the rows that own their map.
         following: how the other F rows follow these; None if there are none.
         mixing: how the last of the map-owning rows mix; None if none does.
         shared: which of the rows share latents, which then come once; None if each has its own.
+    """
+
+    text: TextKV
+    following: Following | None = None
+    mixing: Mixing | None = None
+    shared: Shared | None = None
+
+
+@dataclass(frozen=True, slots=True)
+class Conditioning:
+    """What the rows of a batch are conditioned on at one step, projected for every layer.
+
+    Attributes:
+        batch: what they attend to.
+        shifts: (B, sum of C), what ``UNet2DConditionModel.time_shifts`` gives for each row's timestep.
         observe: called with layer, attention output (B - F, N, C) and map columns (B - F, N, T*H) where tokens are
             followed.
         observe_masks: called with layer and masks (2M, H, N) float32, the softmax over space, where rows mix by masks.
     """
 
+    batch: Batch
     shifts: Tensor
-    text: tuple[tuple[Tensor, Tensor], ...]
-    following: Following | None = None
-    mixing: Mixing | None = None
-    shared: Shared | None = None
     observe: Observe | None = None
     observe_masks: ObserveMasks | None = None
 
     def to_rows(self, x: Tensor) -> Tensor:
         """Activations of all rows, from those of all rows or of shared latents."""
-        return x if self.shared is None or len(x) == len(self.shared.rows) else x[self.shared.rows]
+        shared = self.batch.shared
+        return x if shared is None or len(x) == len(shared.rows) else x[shared.rows]
 
     def shift(self, channels: slice, x: Tensor) -> Tensor:
         """One resnet's part of the shifts, of the entries of ``x``, which are all rows or shared latents."""
-        shift = self.shifts[:, channels]
-        return shift if self.shared is None or len(x) == len(shift) else shift[self.shared.firsts]
+        shift, shared = self.shifts[:, channels], self.batch.shared
+        return shift if shared is None or len(x) == len(shift) else shift[shared.firsts]

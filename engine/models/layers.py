@@ -9,6 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends.ops import Ops
+from ..backends.packed_weights import PackedConv2d, PackedPointwiseConv2d
 
 
 class GroupNorm(nn.GroupNorm):
@@ -97,6 +98,15 @@ class Upsample2D(nn.Module):
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
+
+
+def pack_convolutions(model: nn.Module) -> None:
+    """Replace the convolutions of a model by ones with the same parameters."""
+    for module in list(model.modules()):
+        for name, child in module.named_children():
+            if isinstance(child, nn.Conv2d):
+                is_pointwise = isinstance(child, PointwiseConv2d)
+                setattr(module, name, PackedPointwiseConv2d(child) if is_pointwise else PackedConv2d(child))
 
 
 def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:

@@ -9,7 +9,7 @@ from torch import Tensor, nn
 
 from ..backends.ops import Ops
 from ..kernels.dbim import dbim_masks_ref
-from .conditioning import Conditioning, Following, Mixing
+from .conditioning import Conditioning, Following
 from .config import UNetConfig
 from .layers import GroupNorm, PointwiseConv2d
 
@@ -61,17 +61,15 @@ class CrossAttention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm, condition: Conditioning) -> Tensor:
         """``x`` (B, N, C) plus the attention of ``norm(x)``."""
-        keys, values = condition.text[self.layer]
+        keys, values = condition.batch.text[self.layer]
         queries = self._queries(x, norm)
-        mixing = condition.mixing
-        if mixing is None or self.layer not in mixing.layers:
-            attended = self.ops.attention(queries, keys, values, self.n_heads)
-        else:
-            n_plain = len(x) - len(mixing.lengths)
-            attended = self._mix(queries[n_plain:], keys[n_plain:], values[n_plain:], mixing, condition)
-            if n_plain:
-                plain = self.ops.attention(queries[:n_plain], keys[:n_plain], values[:n_plain], self.n_heads)
-                attended = torch.cat([plain, attended])
+        n_plain = self._n_plain(len(x), condition)
+        parts = []
+        if n_plain:
+            parts.append(self.ops.attention(queries[:n_plain], keys[:n_plain], values[:n_plain], self.n_heads))
+        if n_plain < len(x):
+            parts.append(self._mix(queries[n_plain:], keys[n_plain:], values[n_plain:], condition))
+        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
         return self.ops.linear_add(attended, self.to_out[0].weight, self.to_out[0].bias, x)
 
     def _queries(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -81,21 +79,27 @@ class CrossAttention(nn.Module):
         self, x: Tensor, norm: nn.LayerNorm, condition: Conditioning, tokens: Tensor
     ) -> tuple[Tensor, Tensor]:
         """The attention of ``norm(x)`` alone, and the map's columns (B, N, T*H) at ``tokens`` (B, T)."""
-        keys, values = condition.text[self.layer]
+        keys, values = condition.batch.text[self.layer]
         queries = self._queries(x, norm)
         attended, columns = self.ops.cross_attention(queries, keys, values, tokens, self.n_heads)
-        mixing = condition.mixing
-        if mixing is not None and self.layer in mixing.layers:
-            n_plain = len(x) - len(mixing.lengths)
-            mixed = self._mix(queries[n_plain:], keys[n_plain:], values[n_plain:], mixing, condition)
+        n_plain = self._n_plain(len(x), condition)
+        if n_plain < len(x):
+            mixed = self._mix(queries[n_plain:], keys[n_plain:], values[n_plain:], condition)
             attended = torch.cat([attended[:n_plain], mixed])
         out = self.to_out[0](attended)
         if condition.observe is not None:
             condition.observe(self.layer, out, columns)
         return out, columns
 
-    def _mix(self, queries: Tensor, keys: Tensor, values: Tensor, mixing: Mixing, condition: Conditioning) -> Tensor:
+    def _n_plain(self, n_rows: int, condition: Conditioning) -> int:
+        """How many of the map-owning rows, the first ones, do not mix in this layer."""
+        mixing = condition.batch.mixing
+        return n_rows if mixing is None or self.layer not in mixing.layers else n_rows - len(mixing.lengths)
+
+    def _mix(self, queries: Tensor, keys: Tensor, values: Tensor, condition: Conditioning) -> Tensor:
         """Attention of M concept rows and their M auxiliary rows, the former mixed with the latter."""
+        mixing = condition.batch.mixing
+        assert mixing is not None
         if mixing.masked:
             if condition.observe_masks is not None:
                 masks = dbim_masks_ref(
@@ -153,9 +157,9 @@ class BasicTransformerBlock(nn.Module):
     def attend(self, x: Tensor, condition: Conditioning) -> Tensor:
         """Both attentions, without the feed-forward."""
         x = condition.to_rows(self.attn1(x, self.norm1))
-        if condition.following is None:
+        if condition.batch.following is None:
             return self.attn2(x, self.norm2, condition)
-        return self._follow(x, condition, condition.following)
+        return self._follow(x, condition, condition.batch.following)
 
     def _follow(self, x: Tensor, condition: Conditioning, following: Following) -> Tensor:
         n_followers = len(following.leaders)

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from ..backends.ops import TORCH, Ops
-from .conditioning import Conditioning
+from .conditioning import Batch, Conditioning, TextKV
 from .config import UNetConfig
 from .layers import Downsample2D, GroupNormSiLU, ResnetBlock2D, Upsample2D, timestep_embedding
 from .transformer import CrossAttention, Transformer2DModel
@@ -150,7 +150,7 @@ class UNet2DConditionModel(nn.Module):
         hidden = F.silu(self.time_embedding(embedding.to(self.conv_in.weight.dtype)))
         return torch.cat([resnet.time_emb_proj(hidden) + resnet.conv1.bias for resnet in self.resnets], dim=1)
 
-    def text_kv(self, context: Tensor) -> tuple[tuple[Tensor, Tensor], ...]:
+    def text_kv(self, context: Tensor) -> TextKV:
         """Per cross-attention layer, keys and values (B, S, C) of the encoded text ``context`` (B, S, E)."""
         context = context.to(self.conv_in.weight.dtype)
         return tuple((attn2.to_k(context), attn2.to_v(context)) for attn2 in self.cross_attentions.values())
@@ -179,7 +179,7 @@ class UNet2DConditionModel(nn.Module):
             (B, 4, h, w), in the weights' dtype.
         """
         timesteps = torch.as_tensor(timestep, device=sample.device).expand(sample.shape[0])
-        condition = Conditioning(self.time_shifts(timesteps), self.text_kv(context))
+        condition = Conditioning(Batch(self.text_kv(context)), self.time_shifts(timesteps))
         return self.denoise(sample.to(self.conv_in.weight.dtype), condition)
 
 

@@ -58,6 +58,7 @@ class MaskRecorder:
     def __init__(self, layers: Sequence[str], size: tuple[int, int]) -> None:
         self.layers, self.size = list(layers), size
         self.maps: dict[int, dict[str, list[np.ndarray]]] = {}
+        self._step: list[tuple[int, str, np.ndarray]] = []  # image, layer and mask of the step that runs
 
     def watching(self, images: Sequence[int]) -> ObserveMasks:
         """What takes the masks (2M, H, N) of one plan's pairs, by the image of each pair."""
@@ -65,9 +66,18 @@ class MaskRecorder:
         def take(layer: int, masks: Tensor) -> None:
             auxiliary = masks[len(images) :].unflatten(-1, layer_size(self.size, masks.shape[-1])).cpu().numpy()
             for image, mask in zip(images, auxiliary, strict=True):
-                self.maps.setdefault(image, {}).setdefault(self.layers[layer], []).append(mask)
+                self._step.append((image, self.layers[layer], mask))
 
         return take
+
+    def forget_step(self) -> None:
+        """An attempt at a step begins."""
+        self._step = []
+
+    def keep_step(self) -> None:
+        """The step is done."""
+        for image, layer, mask in self._step:
+            self.maps.setdefault(image, {}).setdefault(layer, []).append(mask)
 
     def result(self, n_images: int) -> list[BranchMasks | None]:
         """The masks of each image, None for those that did not mix."""

@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from ..sampling.request import Callback
+Callback = Callable[[int, int, Tensor], bool | None]  # step, total, latents -> False cancels
 
 
 class Steps:

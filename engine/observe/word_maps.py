@@ -77,6 +77,7 @@ class Recorder:
         self.words, self.size = tuple(words), size
         self.layers = list(n_heads.items())
         self.maps: dict[str, list[np.ndarray]] = {name: [] for name in n_heads}
+        self._step: dict[str, np.ndarray] = {}  # of the step that runs, by layer
 
     def watching(self, watched: Sequence[Watched]) -> Observe:
         """What takes the columns of rows laid out by one plan: each image's owner, and each word's slots."""
@@ -88,7 +89,16 @@ class Recorder:
         by_slot = columns.unflatten(-1, (-1, n_heads)).permute(0, 2, 3, 1)  # (B, T, H, N)
         images = [torch.stack([by_slot[row, slots].sum(dim=0) for slots in words]) for row, words in watched]
         maps = torch.stack(images).unflatten(-1, layer_size(self.size, columns.shape[1]))
-        self.maps[name].append(maps.to("cpu", torch.float16).numpy())
+        self._step[name] = maps.to("cpu", torch.float16).numpy()
+
+    def forget_step(self) -> None:
+        """An attempt at a step begins."""
+        self._step = {}
+
+    def keep_step(self) -> None:
+        """The step is done."""
+        for name, maps in self._step.items():
+            self.maps[name].append(maps)
 
     def result(self) -> AttentionMaps:
         return AttentionMaps(self.words, {name: np.stack(maps, axis=1) for name, maps in self.maps.items()})

@@ -15,38 +15,29 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.graphs import Run, run_eagerly
-from ..methods.ico import TextKV
-from ..models.conditioning import Conditioning, Following, Mixing, Observe, ObserveMasks, Shared
+from ..models.conditioning import Conditioning, Observe, ObserveMasks
 from ..models.unet import UNet2DConditionModel
 from ..observe.masks import MaskRecorder
 from ..observe.word_maps import Recorder
-from .plan import RowPlan
-from .samplers import Coefficients, SamplerTable, over_latents, step
+from .plan import GuidedBatch, RowPlan
+from .table import Coefficients, SamplerTable, over_latents, step
 
 _ROOM = 64  # schedules have entries in multiples of this, so that runs of 20 and of 50 steps are of one size
 
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What the steps of one phase share.
+    """What the steps of one phase share: its rows, and a schedule.
 
     Attributes:
+        rows: who is evaluated.
         coefficients: the sampler's, with T entries or more.
         shifts: (T, sum of C), the UNet's at those entries.
-        text: per cross-attention layer, keys and values (R - F, S, C) of the map-owning rows.
-        trajectories, unconditional, conditional, guidance_scale, following, mixing, shared: see ``RowPlan``.
     """
 
+    rows: GuidedBatch
     coefficients: Coefficients
     shifts: Tensor
-    text: TextKV
-    trajectories: Tensor
-    unconditional: Tensor
-    conditional: Tensor
-    guidance_scale: Tensor
-    following: Following | None
-    mixing: Mixing | None
-    shared: Shared | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,15 +71,15 @@ def guided_step(
     Returns:
         The next latents (P, 4, h, w) and history, and whether each trajectory (P,) is finite.
     """
+    rows = phase.rows
     latents = state.x * over_latents(phase.coefficients.input_scale[state.positions])
     latents = latents.to(unet.conv_in.weight.dtype)
-    if phase.shared is None:
-        latents = latents[phase.trajectories]
-    shifts = phase.shifts[state.positions[phase.trajectories]]
-    condition = Conditioning(shifts, phase.text, phase.following, phase.mixing, phase.shared, observe, observe_masks)
-    noise_pred = unet.denoise(latents, condition).float()
-    unconditional, conditional = noise_pred[phase.unconditional], noise_pred[phase.conditional]
-    noise_pred = unconditional + phase.guidance_scale * (conditional - unconditional)
+    if rows.batch.shared is None:
+        latents = latents[rows.trajectories]
+    shifts = phase.shifts[state.positions[rows.trajectories]]
+    noise_pred = unet.denoise(latents, Conditioning(rows.batch, shifts, observe, observe_masks)).float()
+    unconditional, conditional = noise_pred[rows.unconditional], noise_pred[rows.conditional]
+    noise_pred = unconditional + rows.guidance_scale * (conditional - unconditional)
     x, history = step(phase.coefficients, state.x, noise_pred, state.positions, state.history, state.noise)
     return x, history, torch.isfinite(x).flatten(1).all(dim=1)
 
@@ -103,6 +94,7 @@ def denoise(
     recorder: Recorder | None = None,
     mask_recorder: MaskRecorder | None = None,
     run: Run = run_eagerly,
+    run_recording: Run = run_eagerly,
 ) -> tuple[Tensor, RowPlan, Tensor]:
     """Run a sampler from its first step to its last.
 
@@ -113,9 +105,10 @@ def denoise(
         start: (n, 4, h, w) float32 starts at the table's first noise level; see ``RowPlan.starts``.
         noise: what each of the table's noisy steps draws, in the order and shape of ``start``.
         on_step: called with the index and the pictures' latents (I, 4, h, w) after each step; False ends the loop.
-        recorder, mask_recorder: record the attention maps that the plans watch, and the masks by which rows mix; they
-            copy to the host, so that steps which record are never replayed.
-        run: how a step is run.
+        recorder, mask_recorder: record the attention maps that the plans watch, and the masks by which rows mix.
+        run: how a step is run that records nothing.
+        run_recording: how one is run that does, which copies to the host and is never replayed. It may run a step
+            again; what the first attempt recorded is then forgotten.
 
     Returns:
         The latents of all trajectories (P, 4, h, w), the plan of the last step taken, whose trajectories they are, and
@@ -129,11 +122,10 @@ def denoise(
     for plan in plans:
         phase = make_phase(plan, table.coefficients, shifts)
         x, history = x[plan.inherits], history[:, plan.inherits]
-        observe = None if recorder is None else recorder.watching(plan.watched)
-        observe_masks = None if mask_recorder is None else mask_recorder.watching(plan.mixed_images)
-        one_step = partial(guided_step, unet, observe=observe, observe_masks=observe_masks)
-        how = run if observe is None and observe_masks is None else run_eagerly
-        name = f"step of {len(phase.trajectories)} rows, latents {x.shape[2]}x{x.shape[3]}"
+        one_step, how = partial(guided_step, unet), run
+        if recorder is not None or mask_recorder is not None:
+            one_step, how = _recording(unet, plan, recorder, mask_recorder), run_recording
+        name = f"step of {len(plan.rows.trajectories)} rows, latents {x.shape[2]}x{x.shape[3]}"
         for _ in range(plan.steps):
             if i < table.noise_draws:
                 fresh = noise[i][plan.starts]
@@ -142,6 +134,9 @@ def denoise(
             state = State(x, history, torch.full_like(plan.starts, i), fresh)
             x, history, whole = how(name, one_step, phase, state)
             finite[i] = whole.all()
+            for one in (recorder, mask_recorder):
+                if one is not None:
+                    one.keep_step()
             if not on_step(i, x[plan.pictures]):
                 return x, plan, finite
             i += 1
@@ -152,14 +147,23 @@ def make_phase(plan: RowPlan, coefficients: Coefficients, shifts: Tensor) -> Pha
     """Gather what the steps of a plan share; ``shifts`` (T, sum of C) are the UNet's on the sampler's schedule."""
     missing = -len(shifts) % _ROOM
     return Phase(
+        rows=plan.rows,
         coefficients=coefficients.map(lambda x: F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing))),
         shifts=F.pad(shifts, (0, 0, 0, missing)),
-        text=tuple((keys[plan.texts], values[plan.texts]) for keys, values in plan.text_kv),
-        trajectories=plan.trajectories,
-        unconditional=plan.unconditional,
-        conditional=plan.conditional,
-        guidance_scale=plan.guidance_scale,
-        following=plan.following,
-        mixing=plan.mixing,
-        shared=plan.shared,
     )
+
+
+def _recording(
+    unet: UNet2DConditionModel, plan: RowPlan, recorder: Recorder | None, mask_recorder: MaskRecorder | None
+) -> Callable[[Phase, State], tuple[Tensor, Tensor, Tensor]]:
+    """``guided_step`` that records; each attempt at a step begins anew."""
+    observe = None if recorder is None else recorder.watching(plan.watched)
+    observe_masks = None if mask_recorder is None else mask_recorder.watching(plan.mixed_images)
+
+    def one_step(phase: Phase, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        for one in (recorder, mask_recorder):
+            if one is not None:
+                one.forget_step()
+        return guided_step(unet, phase, state, observe, observe_masks)
+
+    return one_step

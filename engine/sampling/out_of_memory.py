@@ -1,16 +1,92 @@
-"""What to do when a GPU's memory runs out: free what can be rebuilt, try once more, and say what would fit."""
+"""When memory runs out: refuse what cannot fit, free what can be rebuilt, try once more, say what would fit."""
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable
+from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from ..errors import OutOfMemoryError
 from ..models.unet import UNet2DConditionModel
+from ..models.vae import AutoencoderKL
+from .arguments import Options
 
 T = TypeVar("T")
+
+_CGROUP = Path("/sys/fs/cgroup")
+_BYTES_OF_PIXELS = 3 * (4 + 4)  # a picture in float32, as decoded and as copied to the host
+
+
+def check_memory(
+    unet: UNet2DConditionModel, vae: AutoencoderKL, n_images: int, height: int, width: int, options: Options
+) -> None:
+    """Raise ``OutOfMemoryError`` where the least that a request needs exceeds what the memory holds now.
+
+    A bound from below, so that nothing is refused that fits: the skip connections of one row per image; what the VAE's
+    last level holds at once, of all pictures, or of one where it runs picture by picture (a GPU falls back to that by
+    itself); and the pictures.
+    """
+    device = unet.conv_in.weight.device
+    available = available_bytes(device)
+    if available is None:
+        return
+    pixels = height * width
+    one_at_a_time = options.vae_slicing or device.type == "cuda"
+    runs_vae = not options.vae_tiling and (options.output != "latent" or options.image is not None)
+    decoded = (1 if one_at_a_time else n_images) * pixels * _vae_bytes_per_pixel(vae) if runs_vae else 0
+    step = n_images * pixels // vae.config.factor**2 * _unet_bytes_per_position(unet)
+    needed = max(step, decoded) + n_images * pixels * _BYTES_OF_PIXELS
+    if needed > available:
+        rule = f"the memory of {device} must hold all images drawn at once"
+        found = f"{n_images} of {height}x{width}: at least {needed / 1e9:.3g} GB, with {available / 1e9:.3g} GB free"
+        advice = "draw fewer or smaller ones" if decoded <= step or one_at_a_time else "try vae_slicing=True"
+        raise OutOfMemoryError(f"{rule}, got {found}; {advice}")
+
+
+def available_bytes(device: torch.device) -> int | None:
+    """What a device's memory still holds; None where nothing says so."""
+    if device.type == "cuda":
+        cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+        return torch.cuda.mem_get_info(device)[0] + cached
+    if device.type != "cpu" or not hasattr(os, "sysconf"):
+        return None
+    found = [_cgroup_bytes(), _meminfo_bytes()]
+    return min((n for n in found if n is not None), default=None)
+
+
+def _meminfo_bytes() -> int | None:
+    try:
+        lines = Path("/proc/meminfo").read_text(encoding="ascii").splitlines()
+    except OSError:
+        return None
+    return next((int(line.split()[1]) << 10 for line in lines if line.startswith("MemAvailable:")), None)
+
+
+def _cgroup_bytes() -> int | None:
+    """What this process' control group may still take."""
+    try:
+        limit = (_CGROUP / "memory.max").read_text(encoding="ascii").strip()
+        used = int((_CGROUP / "memory.current").read_text(encoding="ascii"))
+    except (OSError, ValueError):
+        return None
+    return None if limit == "max" else int(limit) - used
+
+
+def _unet_bytes_per_position(unet: UNet2DConditionModel) -> int:
+    """Of the skip connections, all of which a step holds at once, per latent position."""
+    config, weight = unet.config, unet.conv_in.weight
+    channels = float(config.block_out_channels[0])
+    for level, width in enumerate(config.block_out_channels):
+        channels += config.layers_per_block * width / 4**level
+    return int(channels) * weight.element_size()
+
+
+def _vae_bytes_per_pixel(vae: AutoencoderKL) -> int:
+    """Of a resnet's input and output at full size."""
+    return 2 * vae.config.block_out_channels[0] * vae.quant_conv.weight.element_size()
 
 
 def with_retry(run: Callable[[], T], free: Callable[[], None], again: Callable[[], T] | None = None) -> T:

@@ -4,154 +4,123 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image
+from PIL import Image, ImageOps
 from torch import Tensor
 
-from ..checks import check_choice, check_flag, check_integer, check_number
+from ..checks import check_integer, check_texts
 from ..methods.dci import DCI
-from ..methods.ico import ICO
-from ..methods.infusion import Infusion
-from .samplers import SAMPLERS
+from .arguments import DEFAULT_STRENGTH, Customization, Options
 
-_OUTPUTS = ("pil", "numpy", "latent")
-_DEFAULT_STRENGTH = 0.8
 _MAX_SEED = 2**64 - 1
-
-Picture = Image.Image | np.ndarray
-Customization = Infusion | ICO | DCI
-Callback = Callable[[int, int, Tensor], bool | None]
 
 
 @dataclass(frozen=True, slots=True)
 class ModelLimits:
-    """What a loaded model accepts."""
+    """What a loaded model accepts.
+
+    Attributes:
+        factor, sample_size, latent_channels, num_train_timesteps: of the model.
+        max_pixels: of one picture.
+        check_memory: ``check_memory(n_images, height, width, options)`` raises where the memory cannot hold a request.
+    """
 
     factor: int
     sample_size: int
     latent_channels: int
     num_train_timesteps: int
+    max_pixels: int
+    check_memory: Callable[[int, int, int, Options], None]
 
 
 @dataclass(frozen=True, slots=True)
 class Request:
-    """One call of ``generate``; prompts, negative prompts, seeds and customisations have one entry per image."""
+    """One call of ``generate``.
 
+    Attributes:
+        options: as given, with the steps that are taken and the size that is drawn.
+        prompts, negative_prompts, seeds, customizations: one entry per image.
+        begin: the first step taken.
+        image: (I, 3, H, W) float32 in [-1, 1].
+        latents: (I, 4, h, w) float32.
+    """
+
+    options: Options
     prompts: tuple[str, ...]
     negative_prompts: tuple[str, ...]
     seeds: tuple[int, ...]
-    steps: int
-    begin: int
-    guidance_scale: float
-    sampler: str
-    eta: float
-    height: int
-    width: int
-    image: Tensor | None
-    strength: float
-    latents: Tensor | None
     customizations: tuple[Customization | None, ...]
-    attention_words: tuple[str, ...]
-    record_masks: bool
-    output: str
-    callback: Callback | None
-    progress: bool
-    vae_slicing: bool
-    vae_tiling: bool
+    begin: int
+    image: Tensor | None
+    latents: Tensor | None
+
+    @property
+    def size(self) -> tuple[int, int]:
+        """Height and width in pixels."""
+        assert self.options.height is not None
+        assert self.options.width is not None
+        return self.options.height, self.options.width
 
 
-def make_request(
-    limits: ModelLimits,
-    *,
-    prompt: str | Sequence[str],
-    negative_prompt: str | Sequence[str],
-    steps: int,
-    guidance_scale: float,
-    sampler: str,
-    eta: float,
-    height: int | None,
-    width: int | None,
-    seed: int | Sequence[int] | None,
-    images_per_prompt: int,
-    image: Picture | Sequence[Picture] | None,
-    strength: float,
-    latents: Tensor | None,
-    customization: Any,
-    attention_words: Sequence[str],
-    record_masks: bool,
-    output: str,
-    callback: Callback | None,
-    progress: bool,
-    vae_slicing: bool,
-    vae_tiling: bool,
-) -> Request:
+def make_request(limits: ModelLimits, prompt: str | Sequence[str], options: Options) -> Request:
     """Check and complete the arguments of ``Engine.generate``; raises ``ValueError`` with the rule and the value."""
-    per_prompt = check_integer("images_per_prompt", images_per_prompt, 1)
-    prompts = _texts("prompt", prompt)
-    negatives = _texts("negative_prompt", negative_prompt)
-    if isinstance(negative_prompt, str):
-        negatives *= len(prompts)
-    if len(negatives) != len(prompts):
-        raise ValueError(f"negative_prompt must be one text or one per prompt ({len(prompts)}), got {len(negatives)}")
+    prompts = check_texts("prompt", prompt)
+    per_prompt = options.images_per_prompt
     n_images = len(prompts) * per_prompt
-    guidance_scale = check_number("guidance_scale", guidance_scale, 1.0)
-    if guidance_scale == 1 and any(negatives):
-        raise ValueError(f"negative_prompt needs a guidance_scale above 1, which it acts through, got {negatives}")
-    check_choice("sampler", sampler, tuple(SAMPLERS))
-    steps = check_integer("steps", steps, 1, limits.num_train_timesteps)
-    eta = check_number("eta", eta, 0.0, 1.0)
-    if eta and sampler != "ddim":
-        raise ValueError(f"eta belongs to the ddim sampler alone, got eta={eta} with sampler={sampler!r}")
-    strength = check_number("strength", strength, 0.0, 1.0)
-    if image is None and strength != _DEFAULT_STRENGTH:
-        raise ValueError(f"strength belongs to image-to-image: give an image too, got strength={strength}")
-    if image is not None and latents is not None:
-        raise ValueError("give image or latents, not both: each says where the picture starts")
-    if output == "latent" and image is None and (vae_slicing or vae_tiling):
-        raise ValueError("vae_slicing and vae_tiling belong to the VAE, which output='latent' does not run")
-    if callback is not None and not callable(callback):
-        raise ValueError(f"callback must be callable as callback(step, total, latents), got {callback!r}")
-    pictures = None if image is None else _pictures(image, n_images, per_prompt)
-    height, width = _size(limits, height, width, pictures, latents)
-    customizations = _customizations(customization, n_images)
-    steps = _shortened(customizations, steps)
-    begin = 0 if image is None else steps - int(steps * strength)
+    negatives = _negatives(options, len(prompts))
+    check_integer("steps", options.steps, 1, limits.num_train_timesteps)
+    _check_together(options)
+    pictures = None if options.image is None else _pictures(options.image, len(prompts), per_prompt)
+    height, width = _size(limits, options, None if pictures is None else pictures[0])
+    limits.check_memory(n_images, height, width, options)
+    if pictures is not None:
+        pictures = _one_per_image(pictures, n_images)
+    customizations = _customizations(options, n_images)
+    steps = _shortened(customizations, options.steps)
+    begin = 0 if pictures is None else steps - int(steps * options.strength)
     if begin == steps:
-        raise ValueError(f"int(steps * strength) must be at least 1, got steps={steps} and strength={strength}")
+        rule = "int(steps * strength) must be at least 1"
+        raise ValueError(f"{rule}, got steps={steps} and strength={options.strength}")
     return Request(
+        options=replace(options, steps=steps, height=height, width=width),
         prompts=tuple(text for text in prompts for _ in range(per_prompt)),
         negative_prompts=tuple(text for text in negatives for _ in range(per_prompt)),
-        seeds=_seeds(seed, n_images),
-        steps=steps,
-        begin=begin,
-        guidance_scale=guidance_scale,
-        sampler=sampler,
-        eta=eta,
-        height=height,
-        width=width,
-        image=None if pictures is None else _image_tensor(pictures, height, width),
-        strength=strength,
-        latents=None if latents is None else _start_noise(limits, latents, n_images, height, width),
+        seeds=_seeds(options.seed, n_images),
         customizations=customizations,
-        attention_words=() if attention_words in ((), []) else tuple(_texts("attention_words", attention_words)),
-        record_masks=_check_masks(record_masks, customizations),
-        output=check_choice("output", output, _OUTPUTS),
-        callback=callback,
-        progress=check_flag("progress", progress),
-        vae_slicing=check_flag("vae_slicing", vae_slicing),
-        vae_tiling=check_flag("vae_tiling", vae_tiling),
+        begin=begin,
+        image=None if pictures is None else _image_tensor(pictures, height, width),
+        latents=None if options.latents is None else _start_noise(limits, options.latents, n_images, height, width),
     )
 
 
-def _texts(name: str, value: Any) -> list[str]:
-    texts = [value] if isinstance(value, str) else value
-    if not isinstance(texts, list | tuple) or not texts or not all(isinstance(text, str) for text in texts):
-        raise ValueError(f"{name} must be a text or a non-empty list of texts, got {value!r}")
-    return list(texts)
+def _check_together(options: Options) -> None:
+    """Refuse options that do not go with one another."""
+    if options.eta and options.sampler != "ddim":
+        raise ValueError(
+            f"eta belongs to the ddim sampler alone, got eta={options.eta} with sampler={options.sampler!r}"
+        )
+    if options.image is None and options.strength != DEFAULT_STRENGTH:
+        raise ValueError(f"strength belongs to image-to-image: give an image too, got strength={options.strength}")
+    if options.image is not None and options.latents is not None:
+        raise ValueError("give image or latents, not both: each says where the picture starts")
+    if options.output == "latent" and options.image is None and (options.vae_slicing or options.vae_tiling):
+        raise ValueError("vae_slicing and vae_tiling belong to the VAE, which output='latent' does not run")
+
+
+def _negatives(options: Options, n_prompts: int) -> tuple[str, ...]:
+    negatives = check_texts("negative_prompt", options.negative_prompt)
+    if isinstance(options.negative_prompt, str):
+        negatives *= n_prompts
+    if len(negatives) != n_prompts:
+        raise ValueError(f"negative_prompt must be one text or one per prompt ({n_prompts}), got {len(negatives)}")
+    if options.guidance_scale == 1 and any(negatives):
+        rule = "negative_prompt needs a guidance_scale above 1, which it acts through"
+        raise ValueError(f"{rule}, got {list(negatives)}")
+    return negatives
 
 
 def _seeds(seed: Any, n_images: int) -> tuple[int, ...]:
@@ -166,25 +135,22 @@ def _seeds(seed: Any, n_images: int) -> tuple[int, ...]:
     return tuple(range(first, first + n_images))
 
 
-def _customizations(customization: Any, n_images: int) -> tuple[Customization | None, ...]:
+def _customizations(options: Options, n_images: int) -> tuple[Customization | None, ...]:
     """One per image: as given, or the same for all."""
-    given = customization if isinstance(customization, list | tuple) else [customization] * n_images
+    given: Any = [options.customization] * n_images
+    if isinstance(options.customization, list | tuple):
+        given = options.customization
     if len(given) != n_images:
         raise ValueError(f"customization must be one, or one per image ({n_images}), got {len(given)}")
     for one in given:
         if one is not None and not isinstance(one, Customization):
             kinds = "an engine.Infusion, engine.ICO, engine.DCI, None, or a list of these"
             raise ValueError(f"customization must be {kinds}, got {one!r}")
+    masked = [one for one in given if isinstance(one, DCI) and one.masked and one.fraction]
+    if options.record_masks and not masked:
+        rule = "record_masks needs an image that mixes by masks: an engine.DCI with masked=True, fraction > 0"
+        raise ValueError(rule)
     return tuple(one.for_image(i, n_images) if isinstance(one, DCI) else one for i, one in enumerate(given))
-
-
-def _check_masks(record_masks: Any, customizations: Sequence[Customization | None]) -> bool:
-    masked = [custom for custom in customizations if isinstance(custom, DCI) and custom.masked and custom.fraction]
-    if check_flag("record_masks", record_masks) and not masked:
-        raise ValueError(
-            "record_masks needs an image that mixes by masks: an engine.DCI with masked=True, fraction > 0"
-        )
-    return record_masks
 
 
 def _shortened(customizations: Sequence[Customization | None], steps: int) -> int:
@@ -195,22 +161,23 @@ def _shortened(customizations: Sequence[Customization | None], steps: int) -> in
     return taken.pop()
 
 
-def _size(
-    limits: ModelLimits, height: Any, width: Any, pictures: list[Image.Image] | None, latents: Any
-) -> tuple[int, int]:
-    factor = limits.factor
-    default = (limits.sample_size * factor, limits.sample_size * factor)
+def _size(limits: ModelLimits, options: Options, picture: Image.Image | None) -> tuple[int, int]:
+    """Height and width in pixels: as given; or of what the pictures start from, else of the model."""
+    factor, latents = limits.factor, options.latents
+    height, width = limits.sample_size * factor, limits.sample_size * factor
     if isinstance(latents, Tensor) and latents.ndim == 4:
-        default = (latents.shape[2] * factor, latents.shape[3] * factor)
-    elif pictures is not None:  # diffusers' rule: the picture's own size, rounded down
-        default = (pictures[0].height // factor * factor, pictures[0].width // factor * factor)
-    sizes = []
-    for name, value, otherwise in (("height", height, default[0]), ("width", width, default[1])):
-        size = check_integer(name, otherwise if value is None else value, 1)
+        height, width = latents.shape[2] * factor, latents.shape[3] * factor
+    elif picture is not None:  # diffusers' rule: the picture's own size, rounded down
+        height, width = picture.height // factor * factor, picture.width // factor * factor
+    height = check_integer("height", height if options.height is None else options.height, 1)
+    width = check_integer("width", width if options.width is None else options.width, 1)
+    for name, size in (("height", height), ("width", width)):
         if size % factor:
             raise ValueError(f"{name} must be a multiple of {factor}, got {size}")
-        sizes.append(size)
-    return sizes[0], sizes[1]
+    if height * width > limits.max_pixels:
+        rule = f"height x width must be at most {limits.max_pixels} pixels (max_pixels of engine.load)"
+        raise ValueError(f"{rule}, got {height}x{width}")
+    return height, width
 
 
 def _start_noise(limits: ModelLimits, latents: Any, n_images: int, height: int, width: int) -> Tensor:
@@ -224,20 +191,22 @@ def _start_noise(limits: ModelLimits, latents: Any, n_images: int, height: int, 
     return latents.detach().float()
 
 
-def _pictures(image: Any, n_images: int, per_prompt: int) -> list[Image.Image]:
+def _pictures(image: Any, n_prompts: int, per_prompt: int) -> list[Image.Image]:
+    """The pictures given: one, one per prompt, or one per image."""
     given = list(image) if isinstance(image, list | tuple) or getattr(image, "ndim", 0) == 4 else [image]
-    if len(given) == n_images // per_prompt:
-        given = [picture for picture in given for _ in range(per_prompt)]
-    elif len(given) == 1:
-        given = given * n_images
-    if len(given) != n_images:
+    n_images = n_prompts * per_prompt
+    if len(given) not in (1, n_prompts, n_images):
         raise ValueError(f"image must be one picture, one per prompt or one per image ({n_images}), got {len(given)}")
     return [_to_pil(picture) for picture in given]
 
 
+def _one_per_image(pictures: list[Image.Image], n_images: int) -> list[Image.Image]:
+    return [picture for picture in pictures for _ in range(n_images // len(pictures))]
+
+
 def _to_pil(picture: Any) -> Image.Image:
     if isinstance(picture, Image.Image):
-        return picture.convert("RGB")
+        return ImageOps.exif_transpose(picture).convert("RGB")
     rule = "image must hold PIL pictures or arrays (H, W, 3), uint8 or float in [0, 1]"
     if not isinstance(picture, np.ndarray) or picture.ndim != 3 or picture.shape[2] != 3:
         raise ValueError(f"{rule}, got {getattr(picture, 'shape', type(picture))}")

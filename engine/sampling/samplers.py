@@ -1,198 +1,24 @@
-"""Samplers as tables of numbers.
-
-Every sampler here is linear in what it sees: with the state ``S = (x, history...)``, the noise prediction ``eps`` and
-fresh Gaussian noise ``n``,
-
-    S' = A_i S + b_i eps + c_i n,
-
-where the matrix ``A_i`` and the vectors ``b_i`` and ``c_i`` depend on the step ``i`` alone. A sampler is a function
-that writes the table ``(A, b, c)`` for a schedule, in float64, and ``step`` is one pure function for all of them. The
-position ``i`` may differ from row to row, so that rows at different steps may share a batch.
-"""
+"""The samplers: each writes the table ``(A, b, c)`` of ``table.py`` for a schedule, in its paper's symbols."""
 
 from __future__ import annotations
 
 from collections.abc import Callable
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
-import torch
-from torch import Tensor
 
 from ..models.config import ScheduleConfig
 from .schedule import PRK_STEPS, Schedule, make_schedule
+from .table import SamplerTable, TableWriter
 
 _LCM_SIGMA_DATA = 0.5
 _LCM_TIMESTEP_SCALING = 10.0
 
 
-@dataclass(frozen=True, slots=True)
-class Coefficients:
-    """What ``step`` reads; entry ``i`` of each tensor belongs to step ``i``.
-
-    Attributes:
-        input_scale: (T,) factor from the state's ``x`` to the UNet's input.
-        state, model, noise: ``A`` (T, K, K), ``b`` (T, K) and ``c`` (T, K), float32; entry 0 of the state is ``x``.
-    """
-
-    input_scale: Tensor
-    state: Tensor
-    model: Tensor
-    noise: Tensor
-
-    def map(self, change: Callable[[Tensor], Tensor]) -> Coefficients:
-        """The same with every tensor changed."""
-        return Coefficients(*(change(getattr(self, field.name)) for field in fields(self)))
-
-
-@dataclass(frozen=True, slots=True)
-class SamplerTable:
-    """One sampler on one schedule.
-
-    Attributes:
-        timesteps: (T,) float32, what the UNet is told.
-        coefficients: of its T steps.
-        start_noise: factor on unit noise that starts a picture from nothing.
-        image_scale, image_noise: factors on clean latents and unit noise that start from a picture.
-        noise_draws: how many steps draw noise: 0 for a deterministic sampler; LCM's last step draws none.
-    """
-
-    timesteps: Tensor
-    coefficients: Coefficients
-    start_noise: float
-    image_scale: float
-    image_noise: float
-    noise_draws: int
-
-    def __len__(self) -> int:
-        return len(self.timesteps)
-
-    def to(self, device: torch.device | str) -> SamplerTable:
-        moved = self.coefficients.map(lambda x: x.to(device))
-        return replace(self, timesteps=self.timesteps.to(device), coefficients=moved)
-
-    def start_history(self, x: Tensor) -> Tensor:
-        """The history before the first step: zeros (K - 1, B, 4, h, w)."""
-        return x.new_zeros(self.coefficients.state.shape[-1] - 1, *x.shape)
-
-
-def step(
-    coefficients: Coefficients,
-    x: Tensor,
-    noise_pred: Tensor,
-    position: Tensor,
-    history: Tensor,
-    noise: Tensor | None = None,
-) -> tuple[Tensor, Tensor]:
-    """Take one step.
-
-    Args:
-        coefficients: the sampler's, on the device of ``x``.
-        x: (B, 4, h, w) float32.
-        noise_pred: what the UNet predicted for ``x * input_scale``, shape of ``x``.
-        position: (B,) int64, each row's step.
-        history: (K - 1, B, 4, h, w), from ``start_history`` or the last step.
-        noise: fresh unit noise, shape of ``x``; None where no row draws any.
-
-    Returns:
-        The next ``x`` and history.
-    """
-    state = torch.cat([x[None], history])
-    # Elementwise, since a matrix product would be rounded to TF32 where a process allows that
-    moved = (over_latents(coefficients.state[position].permute(1, 2, 0)) * state).sum(dim=1)
-    moved = moved + over_latents(coefficients.model[position].T) * noise_pred.float()
-    if noise is not None:
-        moved = moved + over_latents(coefficients.noise[position].T) * noise.float()
-    return moved[0], moved[1:]
-
-
-def over_latents(factors: Tensor) -> Tensor:
-    """Factors (..., B) as (..., B, 1, 1, 1), which multiply latents."""
-    return factors[..., None, None, None]
-
-
-def make_table(name: str, config: ScheduleConfig, steps: int, eta: float = 0.0, begin: int = 0) -> SamplerTable:
-    """Write the table of sampler ``name``.
-
-    Args:
-        name: one of ``SAMPLERS``.
-        config: the model's training schedule.
-        steps: length of the whole schedule.
-        eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
-        begin: first step taken; image-to-image skips the ones before it.
-    """
-    if eta and name != "ddim":
-        raise ValueError(f"eta belongs to the ddim sampler alone, got eta={eta} with sampler={name!r}")
-    sampler = SAMPLERS[name]
-    said = {key: default for key, default in sampler.defaults.items() if getattr(config, key) is None}
-    schedule = make_schedule(replace(config, **said), sampler.family, steps, karras=name.endswith("_karras"))
-    options = {"eta": eta} if name == "ddim" else {}
-    return sampler.write(schedule, sampler.evaluations_per_step * begin, **options)
-
-
-class _Table:
-    """Collects the rows of a table; ``x0`` and ``eps`` are written as vectors over (state..., model output)."""
-
-    def __init__(self, schedule: Schedule, begin: int, n_history: int, variance_exploding: bool = False) -> None:
-        self.schedule, self.begin, self.size = schedule, begin, 1 + n_history
-        self.exploding = variance_exploding
-        steps = len(schedule.timesteps) - begin
-        self.state = np.zeros((steps, self.size, self.size))
-        self.model = np.zeros((steps, self.size))
-        self.noise = np.zeros((steps, self.size))
-
-    @property
-    def steps(self) -> range:
-        return range(self.begin, len(self.schedule.timesteps))
-
-    def slot(self, index: int) -> np.ndarray:
-        """The basis vector of a state entry."""
-        return np.eye(self.size + 1)[index]
-
-    def prediction(self, i: int) -> tuple[np.ndarray, np.ndarray]:
-        """(x0, eps) predicted at step ``i``, for the variance-preserving ``x`` in slot 0."""
-        alpha, sigma = self.schedule.alphas[i], self.schedule.sigmas[i]
-        x, out = self.slot(0), self.slot(self.size)
-        if self.exploding:  # x = x0 + s eps has the scale 1 / alpha of the variance-preserving one
-            x = alpha * x
-        if self.schedule.prediction_type == "epsilon":
-            return (x - sigma * out) / alpha, out
-        if self.schedule.prediction_type == "v_prediction":
-            return alpha * x - sigma * out, alpha * out + sigma * x
-        return out, (x - alpha * out) / sigma
-
-    def write(self, i: int, rows: list[np.ndarray], noise: float = 0.0) -> None:
-        """Set step ``i``: each new state entry as a vector over (state..., model output), and the noise added to x."""
-        matrix = np.stack(rows)
-        self.state[i - self.begin], self.model[i - self.begin] = matrix[:, :-1], matrix[:, -1]
-        self.noise[i - self.begin, 0] = noise
-
-    def finish(self, noise_draws: int = 0) -> SamplerTable:
-        schedule, first = self.schedule, self.begin
-        ratios = schedule.sigmas / schedule.alphas
-        scale = schedule.alphas[first:-1] if self.exploding else np.ones(len(self.steps))
-        start = 1.0
-        if self.exploding:
-            start = float(ratios.max() if schedule.spans_all else np.hypot(ratios.max(), 1.0))
-        return SamplerTable(
-            timesteps=torch.tensor(schedule.timesteps[first:], dtype=torch.float32),
-            coefficients=Coefficients(
-                input_scale=torch.tensor(scale, dtype=torch.float32),
-                state=torch.tensor(self.state, dtype=torch.float32),
-                model=torch.tensor(self.model, dtype=torch.float32),
-                noise=torch.tensor(self.noise, dtype=torch.float32),
-            ),
-            start_noise=start,
-            image_scale=1.0 if self.exploding else float(schedule.alphas[first]),
-            image_noise=float(ratios[first] if self.exploding else schedule.sigmas[first]),
-            noise_draws=noise_draws,
-        )
-
-
 def _ddim(schedule: Schedule, begin: int, eta: float) -> SamplerTable:
     """DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12)."""
-    table = _Table(schedule, begin, n_history=0)
+    table = TableWriter(schedule, begin, n_history=0)
     for i in table.steps:
         x0, eps = table.prediction(i)
         alpha, alpha_next = schedule.alphas[i] ** 2, schedule.level(schedule.timesteps[i] - schedule.stride)[0] ** 2
@@ -221,7 +47,8 @@ def _pndm(schedule: Schedule, begin: int) -> SamplerTable:
     if begin and not schedule.skip_prk_steps:
         rule = "pndm starts from a picture only on a schedule with skip_prk_steps"
         raise ValueError(f"{rule}, which this model's lacks; use another sampler, such as ddim")
-    table = _Table(schedule, begin, n_history=3 if schedule.skip_prk_steps else 5)  # predictions; then sum and start
+    n_history = 3 if schedule.skip_prk_steps else 5  # predictions; then a Runge-Kutta step's sum and start
+    table = TableWriter(schedule, begin, n_history)
     times, stride = schedule.timesteps, schedule.stride
     x, out, none = table.slot(0), table.slot(table.size), np.zeros(table.size + 1)
     earlier = [table.slot(k) for k in (1, 2, 3)]
@@ -256,7 +83,7 @@ def _pndm(schedule: Schedule, begin: int) -> SamplerTable:
 
 def _euler(schedule: Schedule, begin: int) -> SamplerTable:
     """Euler steps of the probability-flow ODE (Karras et al. 2022, arXiv:2206.00364, algorithm 1)."""
-    table = _Table(schedule, begin, n_history=0, variance_exploding=True)
+    table = TableWriter(schedule, begin, n_history=0, variance_exploding=True)
     ratios = schedule.sigmas / schedule.alphas
     for i in table.steps:
         x0, _ = table.prediction(i)
@@ -267,7 +94,7 @@ def _euler(schedule: Schedule, begin: int) -> SamplerTable:
 
 def _heun(schedule: Schedule, begin: int) -> SamplerTable:
     """Heun's second-order steps (Karras et al. 2022, algorithm 1); the last, to no noise, is Euler's."""
-    table = _Table(schedule, begin, n_history=2, variance_exploding=True)  # x and slope where the step began
+    table = TableWriter(schedule, begin, n_history=2, variance_exploding=True)  # x and slope where the step began
     ratios = schedule.sigmas / schedule.alphas
     none = np.zeros(table.size + 1)
     for i in table.steps:
@@ -283,7 +110,7 @@ def _heun(schedule: Schedule, begin: int) -> SamplerTable:
 
 def _euler_ancestral(schedule: Schedule, begin: int) -> SamplerTable:
     """Euler steps to below the next noise level, and fresh noise up to it (k-diffusion's ancestral sampling)."""
-    table = _Table(schedule, begin, n_history=0, variance_exploding=True)
+    table = TableWriter(schedule, begin, n_history=0, variance_exploding=True)
     ratios = schedule.sigmas / schedule.alphas
     for i in table.steps:
         x0, _ = table.prediction(i)
@@ -296,7 +123,7 @@ def _euler_ancestral(schedule: Schedule, begin: int) -> SamplerTable:
 
 def _dpmpp_2m(schedule: Schedule, begin: int) -> SamplerTable:
     """DPM-Solver++(2M), midpoint (Lu et al. 2022, arXiv:2211.01095, algorithm 2); first order at both ends."""
-    table = _Table(schedule, begin, n_history=1)  # the last x0
+    table = TableWriter(schedule, begin, n_history=1)  # the last x0
     alphas, sigmas, ratios = schedule.alphas, schedule.sigmas, schedule.sigmas / schedule.alphas
     for i in table.steps:
         x0, _ = table.prediction(i)
@@ -311,7 +138,7 @@ def _dpmpp_2m(schedule: Schedule, begin: int) -> SamplerTable:
 
 def _unipc(schedule: Schedule, begin: int) -> SamplerTable:
     """UniPC-2 with B(h) = expm1(h) on x0 predictions (Zhao et al. 2023, arXiv:2302.04867, algorithms 5 to 8)."""
-    table = _Table(schedule, begin, n_history=3)  # the last corrected x, the last x0, the x0 before it
+    table = TableWriter(schedule, begin, n_history=3)  # the last corrected x, the last x0, the x0 before it
     alphas, sigmas = schedule.alphas, schedule.sigmas
     with np.errstate(divide="ignore"):
         log_snr = np.log(alphas / sigmas)  # infinite at the end
@@ -349,7 +176,7 @@ def _unipc_weights(h: float, r: float) -> np.ndarray:
 
 def _lcm(schedule: Schedule, begin: int) -> SamplerTable:
     """Multistep consistency sampling (Luo et al. 2023, arXiv:2310.04378, algorithm 3)."""
-    table = _Table(schedule, begin, n_history=0)
+    table = TableWriter(schedule, begin, n_history=0)
     final = len(schedule.timesteps) - 1
     for i in table.steps:
         x0, _ = table.prediction(i)
@@ -397,3 +224,22 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc": Sampler("multistep", _unipc),
     "lcm": Sampler("lcm", _lcm, "leading"),
 }
+
+
+def make_table(name: str, config: ScheduleConfig, steps: int, eta: float = 0.0, begin: int = 0) -> SamplerTable:
+    """Write the table of sampler ``name``.
+
+    Args:
+        name: one of ``SAMPLERS``.
+        config: the model's training schedule.
+        steps: length of the whole schedule.
+        eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
+        begin: first step taken; image-to-image skips the ones before it.
+    """
+    if eta and name != "ddim":
+        raise ValueError(f"eta belongs to the ddim sampler alone, got eta={eta} with sampler={name!r}")
+    sampler = SAMPLERS[name]
+    said = {key: default for key, default in sampler.defaults.items() if getattr(config, key) is None}
+    schedule = make_schedule(replace(config, **said), sampler.family, steps, karras=name.endswith("_karras"))
+    options = {"eta": eta} if name == "ddim" else {}
+    return sampler.write(schedule, sampler.evaluations_per_step * begin, **options)

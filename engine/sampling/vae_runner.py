@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import warnings
 from collections.abc import Callable
 
 import torch
@@ -11,12 +10,13 @@ from torch import Tensor
 from ..backends.graphs import Graphs
 from ..errors import NonFiniteError, OutOfMemoryError
 from ..models.vae import AutoencoderKL
+from ..warn import warn
 from .out_of_memory import with_retry
 
 _Part = Callable[[AutoencoderKL, bool], tuple[Tensor, ...]]  # with slicing or not
 
 
-class PictureCoder:
+class VAERunner:
     """Runs the VAE and checks what it gives.
 
     One that overflows in float16 is tried once more in float32, and one that runs out of memory picture by picture,
@@ -30,6 +30,7 @@ class PictureCoder:
 
     def __init__(self, vae: AutoencoderKL, graphs: Graphs | None, free: Callable[[], None]) -> None:
         self.vae, self.graphs, self.free = vae, graphs, free
+        self.factor, self.latent_channels = vae.config.factor, vae.config.latent_channels
 
     def posterior(self, images: Tensor, slicing: bool, tiling: bool) -> tuple[Tensor, Tensor]:
         """``AutoencoderKL.posterior``.
@@ -60,7 +61,7 @@ class PictureCoder:
         results = self._within_memory(part, self.vae, slicing, tiling, run)
         dtype = self.vae.quant_conv.weight.dtype
         if dtype == torch.float16 and not _all_finite(results):
-            warnings.warn(f"the VAE {part} overflowed in float16; trying float32", RuntimeWarning, stacklevel=6)
+            warn(f"the VAE {part} overflowed in float16; trying float32", RuntimeWarning)
             results = self._within_memory(part, self._in_float32(), slicing, tiling, run)
         if not _all_finite(results):
             raise NonFiniteError(f"the VAE {part} produced NaN or infinity in {dtype}; try dtype='float32'")
@@ -78,7 +79,7 @@ class PictureCoder:
     ) -> tuple[Tensor, ...]:
         def free() -> None:
             self.free()
-            warnings.warn(f"the VAE {part} ran out of memory; trying picture by picture", RuntimeWarning, stacklevel=9)
+            warn(f"the VAE {part} ran out of memory; trying picture by picture", RuntimeWarning)
 
         try:
             return with_retry(lambda: run(vae, slicing), free, lambda: run(vae, True))

@@ -4,25 +4,17 @@ from __future__ import annotations
 
 import re
 import threading
-import warnings
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from functools import cached_property
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
 
-from ..errors import ConceptFileError
-from ..methods.concept import Concept
-from .weighting import parse_weights
-
-
-@dataclass(frozen=True, slots=True)
-class Text:
-    """A prompt, and the concepts whose tokens it may hold and whose keys and values it gets."""
-
-    prompt: str
-    concepts: tuple[Concept, ...] = ()
+from ..checks import check_choice
+from ..warn import warn
+from .weighting import WEIGHTINGS, WeightedPrompt, apply_weights, parse_weights
 
 
 @dataclass(frozen=True, slots=True)
@@ -46,6 +38,14 @@ class Tokens:
     learned: tuple[tuple[int, Tensor], ...] = ()
 
 
+class _Piece(NamedTuple):
+    """One token: its id, where in the text it is, and its vector where that is not the vocabulary's."""
+
+    id: int
+    span: tuple[int, int]
+    vector: Tensor | None
+
+
 class TextEncoder:
     """CLIP's tokenizer and text transformer, both from transformers.
 
@@ -63,15 +63,12 @@ class TextEncoder:
         model.get_input_embeddings().register_forward_hook(self._place_learned)
         self._fits = max(len(tokenizer), tokenizer.eos_token_id + 1) <= model.config.vocab_size
 
-    def tokenize(self, prompt: str, concepts: Sequence[Concept] = ()) -> Tokens:
+    def tokenize(self, prompt: str | WeightedPrompt, vectors: Mapping[str, Tensor] | None = None) -> Tokens:
         """Tokenize one prompt; what exceeds the encoder's length is cut off and reported in the result.
 
         Args:
-            prompt: text with weighting marks.
-            concepts: whose placeholders stand for their tokens in it.
-
-        Raises:
-            ValueError: two concepts have one placeholder, or tokens that are not the encoder's width.
+            prompt: text with weighting marks, or what ``parse_weights`` makes of it.
+            vectors: words that stand for learned tokens, in lower case, and their vectors (S, E).
         """
         # told here, not at load: the UNet and VAE of a single file can be used without its tokenizer
         if not self._fits:
@@ -80,47 +77,45 @@ class TextEncoder:
                 f"the tokenizer's ids must fit the text encoder's {size} tokens, got {len(self.tokenizer)}; give the "
                 "model's own tokenizer with load(..., config=folder)"
             )
-        weighted = parse_weights(prompt)
+        weighted = parse_weights(prompt) if isinstance(prompt, str) else prompt
         room = self.max_length - 2
-        pieces = self._pieces(weighted.text, self._vectors(concepts))
-        cut_off = weighted.text[pieces[room][1][0] :] if len(pieces) > room else ""
+        pieces = self._pieces(weighted.text, vectors or {})
+        cut_off = weighted.text[pieces[room].span[0] :] if len(pieces) > room else ""
         pieces = pieces[:room]
-        padding = room - len(pieces)
-        tokenizer = self.tokenizer
-        spans = tuple(span for _, span, _ in pieces)
-        learned = tuple((at, vector) for at, (_, _, vector) in enumerate(pieces, 1) if vector is not None)
+        padding, tokenizer = room - len(pieces), self.tokenizer
+        ids = (tokenizer.bos_token_id, *(piece.id for piece in pieces), tokenizer.eos_token_id)
         return Tokens(
             text=weighted.text,
-            ids=(
-                tokenizer.bos_token_id,
-                *(token for token, _, _ in pieces),
-                tokenizer.eos_token_id,
-                *[tokenizer.pad_token_id] * padding,
-            ),
-            weights=(1.0, *(weighted.weights[start] for start, _ in spans), *[1.0] * (padding + 1)),
-            spans=spans,
+            ids=(*ids, *[tokenizer.pad_token_id] * padding),
+            weights=(1.0, *(weighted.weights[piece.span[0]] for piece in pieces), *[1.0] * (padding + 1)),
+            spans=tuple(piece.span for piece in pieces),
             cut_off=cut_off,
-            learned=learned,
+            learned=tuple((at, piece.vector) for at, piece in enumerate(pieces, 1) if piece.vector is not None),
         )
 
     @torch.no_grad()
-    def encode(self, prompts: Sequence[Tokens]) -> Tensor:
+    def encode(self, prompts: Sequence[Tokens], weighting: str = "a1111") -> Tensor:
         """Encode prompts to (B, 77, E) in the model's dtype; warns, quoting it, about text that did not fit.
 
-        A token of weight w gets ``empty + w (embedding - empty)``, where ``empty`` is the empty prompt's embedding at
-        its position: ComfyUI's rule. (A1111 scales embeddings and then restores their mean, which is near zero.)
+        Args:
+            prompts: tokenized.
+            weighting: by which rule token weights act, "a1111" or "comfyui"; see ``weighting.apply_weights``.
         """
+        check_choice("weighting", weighting, WEIGHTINGS)
         for prompt in prompts:
             if prompt.cut_off:
                 rule = f"the prompt is longer than the text encoder's {self.max_length} tokens"
-                warnings.warn(f"{rule}; this part was cut off: {prompt.cut_off!r}", stacklevel=2)
+                warn(f"{rule}; this part was cut off: {prompt.cut_off!r}")
         context = self.transform(prompts)
-        weights = torch.tensor([prompt.weights for prompt in prompts], device=context.device)[:, :, None]
+        weights = torch.tensor([prompt.weights for prompt in prompts], device=context.device)
         if (weights == 1.0).all():
             return context
-        empty = self.transform([self.tokenize("")]).float()
-        weighted = empty + weights * (context.float() - empty)
-        return torch.where(weights == 1.0, context, weighted.to(context.dtype))
+        return apply_weights(context, weights, self._empty, weighting)
+
+    @cached_property
+    def _empty(self) -> Tensor:
+        """The empty prompt's embedding (1, 77, E)."""
+        return self.transform([self.tokenize("")])
 
     def transform(self, prompts: Sequence[Tokens]) -> Tensor:
         """The text transformer's last hidden state (B, 77, E), differentiable with respect to learned vectors.
@@ -145,70 +140,28 @@ class TextEncoder:
         rows, columns = torch.tensor(places, device=embedded.device).unbind(1)
         return embedded.index_put((rows, columns), torch.stack(vectors).to(embedded))
 
-    def _vectors(self, concepts: Sequence[Concept]) -> dict[str, Tensor]:
-        """The tokens that each placeholder, in lower case, stands for."""
-        vectors = dict[str, Tensor]()
-        for concept in concepts:
-            if concept.tokens is None:
-                continue
-            name = concept.placeholder.lower()
-            if name in vectors:
-                rule = "concepts of one request must have placeholders of their own (dataclasses.replace sets one)"
-                raise ValueError(f"{rule}, got {concept.placeholder!r} twice")
-            if concept.tokens.shape[1] != self.width:
-                rule = f"tokens of concept {concept.name!r} must be {self.width} wide for this model"
-                raise ConceptFileError(f"{rule}, got {concept.tokens.shape[1]}")
-            vectors[name] = concept.tokens
-        return vectors
-
-    def _pieces(self, text: str, vectors: Mapping[str, Tensor]) -> list[tuple[int, tuple[int, int], Tensor | None]]:
-        """Ids, spans in the text, and learned vectors. Those have the end token's id, whose embedding they replace."""
-        pieces: list[tuple[int, tuple[int, int], Tensor | None]] = []
+    def _pieces(self, text: str, vectors: Mapping[str, Tensor]) -> list[_Piece]:
+        """All tokens of a text; a learned one has the end token's id, whose embedding it replaces."""
+        pieces: list[_Piece] = []
         start = 0
-        names = "|".join(word_pattern(name) for name in sorted(vectors, key=len, reverse=True))
-        for found in [*re.finditer(names, text, re.IGNORECASE), None] if vectors else [None]:
-            end = len(text) if found is None else found.start()
-            with self._lock:
-                encoded = self.tokenizer(
-                    text[start:end], add_special_tokens=False, return_offsets_mapping=True, verbose=False
-                )
-            spans = ((start + first, start + stop) for first, stop in encoded["offset_mapping"])
-            pieces += [(token, span, None) for token, span in zip(encoded["input_ids"], spans, strict=True)]
-            if found is not None:
-                pieces += [
-                    (self.tokenizer.eos_token_id, found.span(), vector) for vector in vectors[found.group().lower()]
-                ]
-                start = found.end()
-        return pieces
+        for word in _words(text, vectors):
+            pieces += self._vocabulary_pieces(text, start, word.start())
+            pieces += [_Piece(self.tokenizer.eos_token_id, word.span(), one) for one in vectors[word.group().lower()]]
+            start = word.end()
+        return pieces + self._vocabulary_pieces(text, start, len(text))
+
+    def _vocabulary_pieces(self, text: str, start: int, end: int) -> list[_Piece]:
+        """Tokens of a part of a text that holds no learned ones."""
+        options = {"add_special_tokens": False, "return_offsets_mapping": True, "verbose": False}
+        with self._lock:
+            encoded = self.tokenizer(text[start:end], **options)
+        spans = ((start + first, start + stop) for first, stop in encoded["offset_mapping"])
+        return [_Piece(token, span, None) for token, span in zip(encoded["input_ids"], spans, strict=True)]
 
 
-def word_pattern(words: str) -> str:
-    """A regular expression for a word or words, not within others."""
-    return rf"(?<!\w){re.escape(words)}(?!\w)"
-
-
-def find_noun(text: Tokens, noun: str, occurrence: int | None = None) -> list[int]:
-    """Positions of the tokens of a word or words in a tokenized prompt; the begin token is at 0.
-
-    Raises:
-        ValueError: it is absent, is there more than once and no occurrence is given, or does not fit.
-    """
-    return find_phrase(text, word_pattern(noun), noun, occurrence)
-
-
-def find_phrase(text: Tokens, pattern: str, name: str, occurrence: int | None = None) -> list[int]:
-    """The same for what a regular expression matches, which messages call ``name``."""
-    found = list(re.finditer(pattern, text.text, re.IGNORECASE))
-    if not found:
-        raise ValueError(f"the prompt must contain {name!r}, got {text.text!r}")
-    if occurrence is None and len(found) > 1:
-        rule = f"the prompt has {name!r} {len(found)} times; say which with occurrences"
-        raise ValueError(f"{rule}, got {text.text!r}")
-    if occurrence is not None and occurrence >= len(found):
-        raise ValueError(f"the prompt has {name!r} {len(found)} times, got occurrence {occurrence}")
-    start, end = found[occurrence or 0].span()
-    last = max((stop for _, stop in text.spans), default=0)
-    if end > last:
-        rule = f"{name!r} must be within the text encoder's {len(text.ids)} tokens"
-        raise ValueError(f"{rule}; it was cut off from {text.text!r}")
-    return [i + 1 for i, (first, stop) in enumerate(text.spans) if first < end and stop > start]
+def _words(text: str, words: Mapping[str, Any]) -> list[re.Match[str]]:
+    """Where any of some words stand in a text, not within others; the longest that fits, in any case."""
+    if not words:
+        return []
+    names = "|".join(re.escape(name) for name in sorted(words, key=len, reverse=True))
+    return list(re.finditer(rf"(?<!\w)(?:{names})(?!\w)", text, re.IGNORECASE))

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -15,12 +16,14 @@ from torch import Tensor, nn
 from ..checks import check_choice, check_flag, check_integer, check_number
 from ..engine import Engine
 from ..methods.concept import Change, Concept
-from ..methods.ico import ICO, TextKV
-from ..models.conditioning import Conditioning
+from ..methods.ico import ICO
+from ..models.conditioning import Batch, Conditioning, TextKV
 from ..observe.sheet import grid
+from ..options import make_options, option, takes
 from ..text.encoder import TextEncoder, Tokens
 from .denoising import SAMPLE_SEEDS, SAMPLE_STEPS, Noiser, autocast, differentiable, training_size, weighted_mean
-from .loop import Callback, Options, run
+from .loop import run
+from .options import TrainOptions
 from .pictures import Pictures, make_generator
 
 SCHEMES: dict[str, tuple[int, int, int]] = {  # tokens before the concept, after it, and of it
@@ -33,33 +36,44 @@ _RARE_SHARE = 20  # tokens are chosen from the last twentieth of the vocabulary,
 _PRIOR_BATCH = 4
 
 
-def train_ico(
-    sd: Engine,
-    images: str | Path | Sequence[Any],
-    noun: str,
-    *,
-    steps: int = 900,
-    scheme: str = "dci",
-    train_kv: bool = True,
-    learning_rate: float = 6e-5,
-    context_learning_rate: float = 6e-4,
-    batch_size: int = 6,
-    accumulation_steps: int = 1,
-    initial_tokens: str | None = None,
-    placeholder: str = "V*",
-    masks: str | Path | Sequence[Any] | None = None,
-    prior_images: int = 0,
-    prior_weight: float = 1.0,
-    size: int | None = None,
-    seed: int = 0,
-    gradient_checkpointing: bool = False,
-    folder: str | Path | None = None,
-    checkpoint_every: int = 100,
-    sample_every: int = 100,
-    sample_prompts: Sequence[str] | None = None,
-    callback: Callback | None = None,
-    progress: bool = True,
-) -> Concept:
+@dataclass(frozen=True, slots=True, kw_only=True)
+class ICOOptions(TrainOptions):
+    """What ``train_ico`` takes; the paper's defaults (section 4.1)."""
+
+    steps: int = option(900, "optimiser steps of the whole run.", partial(check_integer, low=1), flags=())
+    learning_rate: float = option(
+        6e-5, "of AdamW for tokens, keys and values; without weight decay.", partial(check_number, low=0.0), flags=()
+    )
+    context_learning_rate: float = option(6e-4, "for the contexts.", partial(check_number, low=0.0), flags=())
+    batch_size: int = option(6, "pictures per micro-batch.", partial(check_integer, low=1), flags=())
+    scheme: str = option(
+        "dci",
+        'how many tokens M, L and S there are: "ico" (4, 2, 2), or "dci" (1, 1, 3), to draw with DCI.',
+        partial(check_choice, choices=tuple(SCHEMES)),
+        flags=(),
+    )
+    train_kv: bool = option(
+        True, "whether keys and values change too; if not, the tokens alone do.", check_flag, flags=()
+    )
+    initial_tokens: str | None = option(
+        None,
+        "words that T starts from, S tokens in all; distinct rare tokens where not given.",
+        flags=(),
+        metavar="WORDS",
+    )
+    placeholder: str = option("V*", "what prompts will write for T.", flags=())
+    prior_images: int = option(
+        0,
+        "class pictures that the model draws of the noun beforehand; as many as the batch has pictures are trained on "
+        "beside it, against forgetting the class.",
+        partial(check_integer, low=0),
+        flags=(),
+    )
+    prior_weight: float = option(1.0, "of their loss.", partial(check_number, low=0.0), flags=())
+
+
+@takes(ICOOptions)
+def train_ico(sd: Engine, images: str | Path | Sequence[Any], noun: str, **options: Any) -> Concept:
     """Learn a concept from a few pictures, with a context of its own for each picture.
 
     The prompt of picture j is ``[I]^j_1..M [T]_1..S noun [I]^j_M+1..M+L``. Minimises ``E ||eps - eps_theta||^2`` over
@@ -70,168 +84,93 @@ def train_ico(
         sd: the model; its weights stay as they are.
         images: a folder (jpg, png, webp) or a list of files, PIL pictures or arrays; middle squares are used.
         noun: the class noun, as prompts will spell it behind the placeholder.
-        steps: optimiser steps.
-        scheme: how many tokens M, L and S there are: "ico" (4, 2, 2), or "dci" (1, 1, 3), to draw with ``DCI``.
-        train_kv: whether keys and values change too; if not, the tokens alone do.
-        learning_rate: of AdamW for tokens, keys and values; without weight decay.
-        context_learning_rate: for the contexts.
-        batch_size: pictures per micro-batch.
-        accumulation_steps: micro-batches per step.
-        initial_tokens: words that T starts from, S tokens in all; distinct rare tokens where not given.
-        placeholder: what prompts will write for T.
-        masks: a greyscale picture per reference picture, in a folder by the same stem or in a list; the loss is the
-            mean over what they mark.
-        prior_images: class pictures that the model draws of the noun beforehand; as many as the batch has pictures are
-            trained on beside it, against forgetting the class. 0 for none.
-        prior_weight: of their loss.
-        size: training resolution in pixels; the model's own where not given.
-        seed: of everything random.
-        gradient_checkpointing: recompute activations in the backward pass; slower, in a fraction of the memory.
-        folder: where checkpoint, log (also TensorBoard's, if it is installed) and sample sheets go; a run that was
-            stopped goes on from there.
-        checkpoint_every, sample_every: in steps; no samples for 0.
-        sample_prompts: prompts of the sample sheets (the model's own picture above the concept's), with placeholder.
-        callback: ``callback(step, total, loss)`` after every step, counted from 0; returning False ends the training.
-        progress: show a progress bar.
+        {options}
 
     Returns:
         The concept.
 
     Raises:
         ValueError: an argument cannot be honoured; the message gives the rule and the value.
-        NonFiniteError: the loss became NaN or infinite.
+        NonFiniteError: the loss or its gradients became NaN or infinite.
     """
-    options = Options(
-        steps=steps,
-        accumulation_steps=accumulation_steps,
-        folder=None if folder is None else Path(folder),
-        checkpoint_every=checkpoint_every,
-        sample_every=sample_every,
-        callback=callback,
-        progress=progress,
-    )
-    if folder is None and sample_prompts is not None:
-        raise ValueError("sample_prompts needs a folder for the sheets; give folder too")
-    objective = ICOObjective(
-        sd,
-        images,
-        noun,
-        scheme=check_choice("scheme", scheme, tuple(SCHEMES)),
-        train_kv=check_flag("train_kv", train_kv),
-        learning_rate=check_number("learning_rate", learning_rate, 0.0),
-        context_learning_rate=check_number("context_learning_rate", context_learning_rate, 0.0),
-        batch_size=check_integer("batch_size", batch_size, 1),
-        accumulation_steps=accumulation_steps,
-        initial_tokens=initial_tokens,
-        placeholder=placeholder,
-        masks=masks,
-        prior_images=check_integer("prior_images", prior_images, 0),
-        prior_weight=check_number("prior_weight", prior_weight, 0.0),
-        size=size,
-        seed=check_integer("seed", seed, 0),
-        gradient_checkpointing=check_flag("gradient_checkpointing", gradient_checkpointing),
-        sample_prompts=sample_prompts,
-    )
-    return objective.concept(run(objective, options))
+    asked = make_options(ICOOptions, "train_ico", options)
+    objective = ICOObjective(sd, images, noun, asked)
+    return objective.concept(run(objective, asked))
 
 
 class ICOObjective:
     """Contexts, tokens and changes of keys and values, and their loss on reference pictures."""
 
-    def __init__(
-        self,
-        sd: Engine,
-        images: Any,
-        noun: str,
-        *,
-        scheme: str,
-        train_kv: bool,
-        learning_rate: float,
-        context_learning_rate: float,
-        batch_size: int,
-        accumulation_steps: int,
-        initial_tokens: str | None,
-        placeholder: str,
-        masks: Any,
-        prior_images: int,
-        prior_weight: float,
-        size: int | None,
-        seed: int,
-        gradient_checkpointing: bool,
-        sample_prompts: Sequence[str] | None,
-    ) -> None:
-        size = training_size(sd, size)
-        self.sd, self.noun, self.placeholder, self.seed = sd, noun, placeholder, seed
-        self.learning_rate, self.context_learning_rate = learning_rate, context_learning_rate
-        self.batch_size, self.prior_weight = batch_size, prior_weight
-        self.pictures = Pictures(sd, images, masks, size)
-        n_before, n_after, n_tokens = SCHEMES[scheme]
-        text, n_pictures = sd.text_encoder, self.pictures.n_pictures
-        tokens = _initial_tokens(text, n_tokens, initial_tokens, seed)
-        before, after = _repeated(text, _PREFIX, n_before), _repeated(text, _SUFFIX, n_after)
-        self.parameters = {
-            "tokens": nn.Parameter(tokens),
-            "before": nn.Parameter(before.repeat(n_pictures, 1, 1)),
-            "after": nn.Parameter(after.repeat(n_pictures, 1, 1)),
-        }
-        if train_kv:
-            for name, projection in sd.unet.text_projections.items():
-                self.parameters[name] = nn.Parameter(torch.zeros_like(projection.weight, dtype=torch.float32))
-        marks = {_BEFORE: before, placeholder: tokens, _AFTER: after}
-        concepts = [Concept("", tokens=vectors, placeholder=mark) for mark, vectors in marks.items()]
-        self.prompt = text.tokenize(f"{_BEFORE} {placeholder} {noun} {_AFTER}", concepts)
-        self.sample_prompts = [f"a photo of a {placeholder} {noun}"] if sample_prompts is None else list(sample_prompts)
+    def __init__(self, sd: Engine, images: Any, noun: str, options: ICOOptions) -> None:
+        size = training_size(sd, options.size)
+        self.sd, self.noun, self.options = sd, noun, options
+        self.pictures = Pictures(sd, images, options.masks, size)
+        self._start_parameters()
+        self.prompt = self._training_prompt()
+        self.sample_prompts = options.sample_prompts or (f"a photo of a {options.placeholder} {noun}",)
         for prompt in self.sample_prompts:
-            if placeholder not in prompt:
-                raise ValueError(f"sample_prompts must contain {placeholder!r}, got {prompt!r}")
-        self.class_prompt = text.tokenize(f"{_PREFIX} {noun}")
-        self.prior = _class_latents(sd, f"{_PREFIX} {noun}", prior_images, size, seed)
+            if options.placeholder not in prompt:
+                raise ValueError(f"sample_prompts must contain {options.placeholder!r}, got {prompt!r}")
+        self.class_prompt = sd.text_encoder.tokenize(f"{_PREFIX} {noun}")
+        self.prior = _class_latents(sd, f"{_PREFIX} {noun}", options.prior_images, size, options.seed)
         self.noiser = Noiser(sd)
-        self.unet = differentiable(sd.unet, gradient_checkpointing)
+        self.unet = differentiable(sd.unet, options.gradient_checkpointing)
+        own = ("context_learning_rate", "scheme", "train_kv", "initial_tokens", "placeholder", "prior_images")
         self.settings = {
             "method": "ico",
             "model": sd.name,
             "dtype": str(sd.dtype).removeprefix("torch."),
             "noun": noun,
-            "scheme": scheme,
-            "train_kv": train_kv,
-            "learning_rate": learning_rate,
-            "context_learning_rate": context_learning_rate,
-            "batch_size": batch_size,
-            "accumulation_steps": accumulation_steps,
-            "initial_tokens": initial_tokens,
-            "placeholder": placeholder,
-            "pictures": n_pictures,
-            "masks": masks is not None,
-            "prior_images": prior_images,
-            "prior_weight": prior_weight,
+            **options.recorded(*own, "prior_weight"),
+            "pictures": self.pictures.n_pictures,
+            "pictures_hash": self.pictures.digest,
+            "masks": options.masks is not None,
             "size": size,
-            "seed": seed,
         }
+
+    def _start_parameters(self) -> None:
+        options, text, n_pictures = self.options, self.sd.text_encoder, self.pictures.n_pictures
+        n_before, n_after, n_tokens = SCHEMES[options.scheme]
+        self.parameters = {
+            "tokens": nn.Parameter(_initial_tokens(text, n_tokens, options.initial_tokens, options.seed)),
+            "before": nn.Parameter(_repeated(text, _PREFIX, n_before).repeat(n_pictures, 1, 1)),
+            "after": nn.Parameter(_repeated(text, _SUFFIX, n_after).repeat(n_pictures, 1, 1)),
+        }
+        if options.train_kv:
+            for name, projection in self.sd.unet.text_projections.items():
+                self.parameters[name] = nn.Parameter(torch.zeros_like(projection.weight, dtype=torch.float32))
+
+    def _training_prompt(self) -> Tokens:
+        """The prompt of every picture, with its first picture's contexts as they start."""
+        parameters = self.parameters
+        vectors: dict[str, Tensor] = {_BEFORE: parameters["before"][0], _AFTER: parameters["after"][0]}
+        vectors[self.options.placeholder.lower()] = parameters["tokens"]
+        return self.sd.text_encoder.tokenize(f"{_BEFORE} {self.options.placeholder} {self.noun} {_AFTER}", vectors)
 
     def optimizer(self) -> torch.optim.Optimizer:
         contexts = [self.parameters["before"], self.parameters["after"]]
         others = [parameter for name, parameter in self.parameters.items() if name not in ("before", "after")]
-        groups = [{"params": others}, {"params": contexts, "lr": self.context_learning_rate}]
-        return torch.optim.AdamW(groups, lr=self.learning_rate, weight_decay=0.0)
+        groups = [{"params": others}, {"params": contexts, "lr": self.options.context_learning_rate}]
+        return torch.optim.AdamW(groups, lr=self.options.learning_rate, weight_decay=0.0)
 
     def loss(self, part: int) -> Tensor:
         """Squared error of the noise prediction on micro-batch ``part``, and on as many class pictures."""
-        batch = self.pictures.batch(self.seed, part * self.batch_size, self.batch_size)
-        generator = make_generator(self.seed, 2, part)
+        seed, size = self.options.seed, self.options.batch_size
+        batch = self.pictures.batch(seed, part * size, size)
+        generator = make_generator(seed, 2, part)
         prompts, latents = [self._prompt(picture) for picture in batch.pictures], batch.latents
         if self.prior is not None:
-            chosen = torch.randint(0, len(self.prior), (self.batch_size,), generator=generator)
-            prompts += [self.class_prompt] * self.batch_size
+            chosen = torch.randint(0, len(self.prior), (size,), generator=generator)
+            prompts += [self.class_prompt] * size
             latents = torch.cat([latents, self.prior[chosen.to(latents.device)]])
         noised = self.noiser(latents, generator)
         with autocast(self.sd):
             text = self._text_kv(self.sd.text_encoder.transform(prompts))
-            condition = Conditioning(self.unet.time_shifts(noised.timesteps), text)
+            condition = Conditioning(Batch(text), self.unet.time_shifts(noised.timesteps))
             predicted = self.unet.denoise(noised.latents.to(self.sd.dtype), condition)
         error = (predicted.float() - noised.noise).square()
-        loss = weighted_mean(error[: self.batch_size], batch.weights)
-        return loss if self.prior is None else loss + self.prior_weight * error[self.batch_size :].mean()
+        loss = weighted_mean(error[:size], batch.weights)
+        return loss if self.prior is None else loss + self.options.prior_weight * error[size:].mean()
 
     def _prompt(self, picture: int) -> Tokens:
         """The training prompt of a picture; gradients reach its vectors."""
@@ -259,14 +198,14 @@ class ICOObjective:
             base=self.sd.fingerprint,
             training={"steps": steps, **training},
             tokens=values["tokens"],
-            placeholder=self.placeholder,
+            placeholder=self.options.placeholder,
             changes=changes,
         )
 
     def sample(self) -> Image.Image:
         """For every sample prompt and fixed seed, the model's own picture of the noun above the concept's."""
         custom, n_seeds = ICO([self.concept(0)]), len(SAMPLE_SEEDS)
-        plain = [" ".join(prompt.replace(self.placeholder, "").split()) for prompt in self.sample_prompts]
+        plain = [" ".join(prompt.replace(self.options.placeholder, "").split()) for prompt in self.sample_prompts]
         pairs = list(zip(plain, self.sample_prompts, strict=True))
         out = self.sd.generate(
             [prompt for pair in pairs for prompt in pair],

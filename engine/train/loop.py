@@ -13,7 +13,6 @@ import signal
 import threading
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -22,11 +21,11 @@ from PIL import Image
 from torch import Tensor, nn
 from tqdm import tqdm
 
-from ..checks import check_flag, check_integer
 from ..errors import NonFiniteError
-from ..methods.concept_file import write_atomically
+from ..files import write_atomically
+from .options import TrainOptions
 
-Callback = Callable[[int, int, float], bool | None]
+_CHECKPOINT = "checkpoint.pt"
 
 
 class Objective(Protocol):
@@ -53,84 +52,59 @@ class Objective(Protocol):
         ...
 
 
-@dataclass(frozen=True, slots=True)
-class Options:
-    """How a run is run; nothing here changes its outcome.
-
-    Attributes:
-        steps: optimiser steps of the whole run.
-        accumulation_steps: micro-batches of each.
-        folder: for checkpoint, log and sample sheets; None for none of them.
-        checkpoint_every, sample_every: in steps; a last sheet is drawn at the end. 0 for no sheets.
-        callback: ``callback(step, total, loss)`` after every step, counted from 0; returning False ends the run there.
-        progress: show a progress bar.
-    """
-
-    steps: int
-    accumulation_steps: int
-    folder: Path | None
-    checkpoint_every: int
-    sample_every: int
-    callback: Callback | None
-    progress: bool
-
-    def __post_init__(self) -> None:
-        for name in ("steps", "accumulation_steps", "checkpoint_every"):
-            check_integer(name, getattr(self, name), 1)
-        check_integer("sample_every", self.sample_every, 0)
-        check_flag("progress", self.progress)
-
-
 class Terminated(SystemExit):
     """SIGTERM came; the checkpoint is written. The exit status is the shell's for this signal."""
 
 
-def run(objective: Objective, options: Options) -> int:
+def run(objective: Objective, options: TrainOptions) -> int:
     """Train, going on from the folder's checkpoint if there is one; returns how many steps were taken in all.
 
     Raises:
-        ValueError: the folder's checkpoint belongs to other settings.
-        NonFiniteError: the loss became NaN or infinite; the last checkpoint was written before.
+        ValueError: the folder's checkpoint belongs to other settings or pictures, or has more steps than asked for.
+        NonFiniteError: the loss or a gradient became NaN or infinite; the step was not taken.
         Terminated: on SIGTERM, after the running step.
     """
-    optimizer = objective.optimizer()
+    optimizer, folder = objective.optimizer(), None if options.folder is None else Path(options.folder)
     first = 0
-    if options.folder is not None:
-        options.folder.mkdir(parents=True, exist_ok=True)
-        first = _resume(options.folder / "checkpoint.pt", objective, optimizer)
-    with _sigterm() as terminated, _log(options.folder) as log:
+    if folder is not None:
+        folder.mkdir(parents=True, exist_ok=True)
+        first = _resume(folder / _CHECKPOINT, objective, optimizer, options.steps)
+    with _sigterm() as terminated, _log(folder, first) as log:
         bar = tqdm(total=options.steps, initial=first, disable=not options.progress, unit="step")
         with bar:
             for step in range(first, options.steps):
                 loss = _step(objective, optimizer, step, options.accumulation_steps)
                 if not math.isfinite(loss):
-                    raise NonFiniteError(_last_good(step, options.folder))
+                    raise NonFiniteError(_last_good(step, folder))
                 bar.set_postfix(loss=f"{loss:.4f}")
                 bar.update()
                 log(step, loss)
                 done = step + 1
                 stopped = options.callback is not None and options.callback(step, options.steps, loss) is False
                 is_last = done == options.steps or stopped or terminated.is_set()
-                if options.folder is not None and (is_last or done % options.checkpoint_every == 0):
-                    _save(options.folder / "checkpoint.pt", objective, optimizer, done)
+                if folder is not None and (is_last or done % options.checkpoint_every == 0):
+                    _save(folder / _CHECKPOINT, objective, optimizer, done)
                 if terminated.is_set():
                     raise Terminated(128 + signal.SIGTERM)
-                if options.folder is not None and options.sample_every and (is_last or not done % options.sample_every):
-                    objective.sample().save(options.folder / f"sample-{done:06d}.png")
+                if folder is not None and options.sample_every and (is_last or not done % options.sample_every):
+                    objective.sample().save(folder / f"sample-{done:06d}.png")
                 if stopped:
                     return done
     return options.steps
 
 
 def _step(objective: Objective, optimizer: torch.optim.Optimizer, step: int, accumulation_steps: int) -> float:
+    """Take a step; its loss, or NaN where loss or gradients are not finite, and then no step is taken."""
     optimizer.zero_grad(set_to_none=True)
     total = 0.0
     for part in range(step * accumulation_steps, (step + 1) * accumulation_steps):
         loss = objective.loss(part) / accumulation_steps
         loss.backward()
         total += loss.item()
-    if math.isfinite(total):
-        optimizer.step()
+    gradients = [p.grad for p in objective.parameters.values() if p.grad is not None]
+    if not math.isfinite(total) or not torch.stack([torch.isfinite(one).all() for one in gradients]).all():
+        return math.nan  # a finite loss may have gradients that are not, and one step with them spoils everything
+    optimizer.step()
     return total
 
 
@@ -147,7 +121,7 @@ def _save(path: Path, objective: Objective, optimizer: torch.optim.Optimizer, st
 
 
 @torch.no_grad()
-def _resume(path: Path, objective: Objective, optimizer: torch.optim.Optimizer) -> int:
+def _resume(path: Path, objective: Objective, optimizer: torch.optim.Optimizer, steps: int) -> int:
     if not path.exists():
         return 0
     state = torch.load(path, map_location="cpu", weights_only=True)
@@ -156,6 +130,9 @@ def _resume(path: Path, objective: Objective, optimizer: torch.optim.Optimizer) 
         if then.get(name) != now.get(name):
             rule = f"{path} was written with {name}={then.get(name)!r}"
             raise ValueError(f"{rule}; to go on, ask for the same, or give another folder, got {now.get(name)!r}")
+    if state["step"] > steps:
+        rule = f"steps must be at least the {state['step']} that {path} has taken"
+        raise ValueError(f"{rule}; ask for as many, or give another folder, got {steps}")
     for name, parameter in objective.parameters.items():
         parameter.copy_(state["parameters"][name])
     optimizer.load_state_dict(state["optimizer"])
@@ -163,8 +140,15 @@ def _resume(path: Path, objective: Objective, optimizer: torch.optim.Optimizer) 
 
 
 def _last_good(step: int, folder: Path | None) -> str:
-    kept = "no folder was given, so nothing is kept" if folder is None else f"the last good state is in {folder}"
-    return f"the training loss became NaN or infinite at step {step}; {kept}. Try a smaller learning_rate"
+    if folder is None:
+        kept = "no folder was given, so nothing is kept"
+    elif (folder / _CHECKPOINT).exists():
+        kept = f"the last good state is in {folder / _CHECKPOINT}"
+    else:
+        kept = f"no checkpoint had been written to {folder} yet, so nothing is kept"
+    return (
+        f"the training loss or its gradients became NaN or infinite at step {step}; {kept}. Try a smaller learning_rate"
+    )
 
 
 @contextmanager
@@ -182,8 +166,12 @@ def _sigterm() -> Iterator[threading.Event]:
 
 
 @contextmanager
-def _log(folder: Path | None) -> Iterator[Callable[[int, float], None]]:
-    """A log of losses: ``log.jsonl`` in the folder, and TensorBoard's where that is installed."""
+def _log(folder: Path | None, first: int) -> Iterator[Callable[[int, float], None]]:
+    """A log of losses: ``log.jsonl`` in the folder, and TensorBoard's where that is installed.
+
+    Steps from ``first`` on, which a run that died after its last checkpoint has logged, are about to be taken again
+    and are cut off.
+    """
     if folder is None:
         yield lambda step, loss: None
         return
@@ -192,7 +180,8 @@ def _log(folder: Path | None) -> Iterator[Callable[[int, float], None]]:
     except ImportError:
         board = None
     else:
-        board = SummaryWriter(str(folder))
+        board = SummaryWriter(str(folder), purge_step=first)
+    _cut_log(folder / "log.jsonl", first)
     with (folder / "log.jsonl").open("a", encoding="utf-8") as file:
 
         def log(step: int, loss: float) -> None:
@@ -204,3 +193,18 @@ def _log(folder: Path | None) -> Iterator[Callable[[int, float], None]]:
         yield log
     if board is not None:
         board.close()
+
+
+def _cut_log(path: Path, first: int) -> None:
+    """Keep what was logged before step ``first``; a last line that a crash cut short goes too."""
+    if not path.exists():
+        return
+    kept = []
+    for line in path.read_text(encoding="utf-8").splitlines():
+        try:
+            if json.loads(line)["step"] >= first:
+                break
+        except (ValueError, KeyError, TypeError):
+            break
+        kept.append(f"{line}\n")
+    write_atomically(path, "".join(kept).encode())

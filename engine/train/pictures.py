@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -37,6 +38,9 @@ class Pictures:
         masks: a folder with a greyscale picture of the same stem for each file, or a list of pictures; None for none.
         size: side in pixels, a multiple of the VAE's factor.
 
+    Attributes:
+        digest: tells these pictures and masks from others.
+
     Raises:
         ValueError: there is no picture, one cannot be read or is too large, or masks do not match.
     """
@@ -46,6 +50,7 @@ class Pictures:
         squares = [_square(_open(picture, "RGB"), size) for picture in given]
         pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 127.5 - 1
         self.n_pictures = len(squares)
+        self.digest = _digest(pixels)
         self.posteriors = []  # plain and mirrored: mean and standard deviation, both (n, 4, h, w) float32
         for view in (pixels, pixels.flip(-1)):
             rows = [sd.vae.posterior(row.to(sd.device)) for row in view.split(1)]
@@ -54,6 +59,8 @@ class Pictures:
                 raise ValueError(f"the VAE produced NaN or infinity for the pictures in {sd.dtype}; load in float32")
             self.posteriors.append((mean, std))
         self.weights = None if masks is None else _weights(given, masks, size, sd.vae.config.factor).to(sd.device)
+        if self.weights is not None:
+            self.digest = _digest(pixels, self.weights.cpu())
 
     def batch(self, seed: int, position: int, count: int) -> Batch:
         """Pictures ``position`` to ``position + count`` of an endless sequence of shuffled rounds, half mirrored."""
@@ -75,6 +82,14 @@ def make_generator(seed: int, *use: int) -> torch.Generator:
     """Random numbers that depend on nothing but the seed and what they are for, so that a run can stop anywhere."""
     state = int(np.random.SeedSequence([seed, *use]).generate_state(1, np.uint64)[0])
     return torch.Generator("cpu").manual_seed(state)
+
+
+def _digest(*tensors: Tensor) -> str:
+    found = hashlib.sha256()
+    for tensor in tensors:
+        found.update(str(tuple(tensor.shape)).encode())
+        found.update(tensor.contiguous().numpy().tobytes())
+    return found.hexdigest()[:16]
 
 
 def _list(images: Any, name: str) -> list[Any]:

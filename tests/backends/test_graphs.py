@@ -17,6 +17,7 @@ import engine
 from benchmarks.systems import default_request
 from engine.backends.graphs import Graphs, run_eagerly, signature
 from engine.engine import Engine
+from engine.methods.concept_cache import Texts
 from engine.sampling.loop import State, guided_step, make_phase
 from engine.sampling.plan import make_plans
 from engine.sampling.samplers import make_table
@@ -118,7 +119,7 @@ def test_pictures_are_decoded_by_a_graph(plain: Engine, graphed: Engine) -> None
 def test_rows_at_different_steps_share_a_graph(plain: Engine) -> None:
     table = make_table("dpmpp_2m", plain.schedule, 6)
     request = default_request(plain, "a cat", images_per_prompt=2, seed=0)
-    (plan,) = make_plans(request, 6, plain.text_encoder, plain._encode, plain._project, plain.device)
+    (plan,) = make_plans(request, 6, Texts(plain.text_encoder), plain.concepts, plain.device)
     with torch.no_grad():
         phase = make_phase(plan, table.coefficients, plain.unet.time_shifts(table.timesteps))
         x, graphs = torch.randn(2, 4, 8, 8), Graphs(lambda: _trace)

@@ -14,10 +14,10 @@ import engine
 from engine.backends import native
 from engine.backends.native import DTYPES, LEVELS, Kernels, levels, native_kernels, native_ops
 from engine.backends.ops import TORCH, Ops
-from engine.backends.packed_weights import PackedLinear, _is_worth_packing, can_pack, pack_convolutions
+from engine.backends.packed_weights import PackedLinear, _is_worth_packing, can_pack
 from engine.kernels.cross_attention import cross_attention_ref
 from engine.kernels.geglu import geglu_ref
-from engine.models.layers import PointwiseConv2d
+from engine.models.layers import PointwiseConv2d, pack_convolutions
 from tests.kernels.accuracy import assert_as_accurate
 from tests.kernels.test_dbim import _PRESETS
 from tests.kernels.test_dbim import _inputs as dbim_inputs

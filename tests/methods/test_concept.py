@@ -3,6 +3,7 @@
 import json
 import os
 import pickle
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -11,8 +12,9 @@ from safetensors.torch import save, save_file
 
 import engine
 from engine.errors import ConceptFileError
-from engine.methods.concept import Concept
-from engine.methods.concept_file import write_atomically
+from engine.files import write_atomically
+from engine.methods.concept import Change, Concept
+from tests.pipelines import random_concept
 
 _LAYERS = {
     "down_blocks.0.attentions.1.transformer_blocks.0.attn2": 6,
@@ -185,3 +187,57 @@ def test_a_concept_of_another_base_warns(small: engine.Engine) -> None:
         small.generate("a cat", customization=engine.Infusion([other]), **options)
     with pytest.raises(ConceptFileError, match="base must have"):
         small.generate("a cat", customization=engine.Infusion([Concept("cat", residuals, base=(1.0,))]), **options)
+
+
+def test_what_could_not_be_read_again_is_not_written(tmp_path: Path) -> None:
+    concept = engine.Concept("cat", {"mid_block.attn2": torch.ones(4)}, training={"note": "x" * 120_000})
+    with pytest.raises(ValueError, match=r"must fit a header of 100000 bytes, got 12.* of them training"):
+        concept.save(tmp_path / "cat.safetensors")
+    assert not list(tmp_path.iterdir())
+    large = engine.Concept("cat", {"mid_block.attn2": torch.ones(600_000)})
+    with pytest.raises(ValueError, match="a concept file must be at most 1000000 bytes, got 1200"):
+        large.save(tmp_path / "cat.safetensors")
+    assert not list(tmp_path.iterdir())
+
+
+def _draw(sd: engine.Engine, prompt: str, customization: engine.Infusion | engine.ICO) -> torch.Tensor:
+    return sd.generate(prompt, customization=customization, seed=0, steps=2, progress=False).latents
+
+
+@pytest.mark.parametrize("edit", ["in place", "replaced"])
+def test_an_edited_concept_is_drawn_as_it_is_now(small: engine.Engine, edit: str) -> None:
+    concept = random_concept(small)
+    before = _draw(small, "a cat", engine.Infusion([concept]))
+    for name, residual in list(concept.residuals.items()):
+        if edit == "in place":
+            residual.mul_(-1)
+        else:
+            concept.residuals[name] = -residual
+    after = _draw(small, "a cat", engine.Infusion([concept]))
+    assert not torch.equal(after, before)
+    fresh = engine.Concept("cat", {name: residual.clone() for name, residual in concept.residuals.items()})
+    assert torch.equal(after, _draw(small, "a cat", engine.Infusion([fresh])))
+
+
+def test_edited_tokens_and_changes_are_noticed(small: engine.Engine) -> None:
+    attn2 = next(iter(small.unet.cross_attentions))
+    width = small.unet.cross_attentions[attn2].to_k.weight.shape
+    concept = engine.Concept("cat", tokens=torch.randn(1, 32), changes={f"{attn2}.to_k": Change(torch.randn(width))})
+    first = _draw(small, "a V* cat", engine.ICO([concept]))
+    concept.changes[f"{attn2}.to_k"].up.zero_()
+    second = _draw(small, "a V* cat", engine.ICO([concept]))
+    concept.tokens.mul_(-1)
+    third = _draw(small, "a V* cat", engine.ICO([concept]))
+    assert not torch.equal(first, second)
+    assert not torch.equal(second, third)
+
+
+def test_warnings_point_at_the_caller(small: engine.Engine) -> None:
+    other = replace(random_concept(small), base=tuple(-value for value in small.fingerprint))
+    for arguments, message in (
+        ({"prompt": "cat " * 90}, "longer than the text encoder's 77 tokens"),
+        ({"prompt": "a cat", "customization": engine.Infusion([other])}, "trained on another model"),
+    ):
+        with pytest.warns(UserWarning, match=message) as caught:
+            small.generate(arguments.pop("prompt"), steps=1, progress=False, **arguments)
+        assert {Path(warning.filename).name for warning in caught} == {Path(__file__).name}

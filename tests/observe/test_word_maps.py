@@ -8,7 +8,7 @@ import torch
 from PIL import Image
 
 import engine
-from engine.text.encoder import find_noun
+from engine.text.words import find_noun
 from tests.parity.infusion_reference import LiteralInfusion
 from tests.pipelines import encode, relative_error, save_pipeline
 

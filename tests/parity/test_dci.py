@@ -7,7 +7,10 @@ import torch
 from torch import Tensor
 
 import engine
+from engine.methods.concept_cache import Texts
 from engine.methods.dci import make_branches, replace_phrase
+from engine.sampling.start import auxiliary_seed
+from engine.text.weighting import parse_weights
 from tests.parity.dci_reference import LiteralDCI, Side
 from tests.pipelines import relative_error, save_pipeline
 
@@ -97,7 +100,7 @@ def test_independent_noise(both) -> None:
     expected = literal(
         (_PROMPT, _AUXILIARY),
         _sides(sd),
-        (_noise(3), _noise(3 + 2**63)),
+        (_noise(3), _noise(auxiliary_seed(3))),
         steps=_STEPS,
         mixing_steps=_STEPS // 2,
         guidance_scale=5.0,
@@ -166,12 +169,12 @@ def test_matched_cost(small: engine.Engine) -> None:
 def test_prompts_of_the_branches(small: engine.Engine) -> None:
     for prompt, stand_in, expected in (
         ("a cat", "owl", "an owl"),
-        ("An owl on a (Cat:1.2)", "dog", "An owl on a (dog:1.2)"),
+        ("An owl on a (Cat:1.2)", "dog", "An owl on a dog"),
         ("the cat, cats and concatenation", "dog", "the dog, cats and concatenation"),
     ):
-        assert replace_phrase(prompt, engine.DCI("cat", stand_in)) == expected
-    branches = make_branches("a dog chases a cat", engine.DCI("cat", "dog"), small.text_encoder)
-    assert [text.prompt for text in branches.texts] == ["a dog chases a cat", "a dog chases a dog"]
+        assert replace_phrase(parse_weights(prompt), engine.DCI("cat", stand_in)).text == expected
+    branches = make_branches("a dog chases a cat", engine.DCI("cat", "dog"), Texts(small.text_encoder))
+    assert [text.prompt.text for text in branches.texts] == ["a dog chases a cat", "a dog chases a dog"]
     ids = [small.text_encoder.tokenize(text.prompt).ids for text in branches.texts]
     assert len(branches.chosen[1]) == branches.lengths[1] - 1
     last_dog = max(i for i, token in enumerate(ids[1]) if token == ids[0][2])
@@ -179,8 +182,76 @@ def test_prompts_of_the_branches(small: engine.Engine) -> None:
     assert 2 in branches.chosen[1]  # the other dog
 
 
+def test_weighting_marks_do_not_hide_the_concept(small: engine.Engine) -> None:
+    """They may stand within its name; the noun in its place has the mean weight of what it replaces."""
+    toy = engine.Concept("toy", tokens=torch.randn(2, 32), placeholder="V*")
+    for dci, prompt, text, weight in (
+        (engine.DCI(toy, "owl"), "a photo of a (V*:1.2) toy in snow", "a photo of an owl in snow", (2 * 1.2 + 4) / 6),
+        (engine.DCI(toy, "owl"), "(a V* toy:1.5) in snow", "an owl in snow", 1.5),
+        (engine.DCI("teddy bear", "owl"), "a (teddy:1.2) bear", "an owl", (5 * 1.2 + 5) / 10),
+        (engine.DCI("cat", "dog"), "the [cat] sleeps", "the dog sleeps", 1 / 1.1),
+    ):
+        branches = make_branches(prompt, dci, Texts(small.text_encoder))
+        auxiliary = branches.texts[1].prompt
+        assert auxiliary.text == text
+        noun = text.index(dci.auxiliary)
+        assert auxiliary.weights[noun : noun + len(dci.auxiliary)] == pytest.approx([weight] * len(dci.auxiliary))
+        assert len(auxiliary.weights) == len(text)
+        assert branches.chosen[0]
+    _draw(small, engine.DCI("teddy bear", "owl"), prompt="a (teddy:1.2) bear")
+
+
+def test_halves_of_a_step_round_up() -> None:
+    for fraction, steps, expected in (
+        (0.15, 30, 5), (0.15, 50, 8), (0.25, 2, 1), (0.29, 50, 15), (0.0, 50, 0), (1.0, 50, 50), (0.14, 50, 7),
+    ):  # fmt: skip
+        assert engine.DCI("cat", fraction=fraction).mixing_steps(steps) == expected
+    assert engine.DCI("cat", fraction=0.6, match_cost=True).shortened(20) == 13  # 12.5
+
+
+def test_independent_noise_is_other_noise(small: engine.Engine) -> None:
+    assert auxiliary_seed(3) != auxiliary_seed(4) < 2**32
+    start = torch.randn(1, generator=torch.Generator().manual_seed(3))
+    assert torch.equal(torch.randn(1, generator=torch.Generator().manual_seed(3 + 2**63)), start)  # which is why
+    shared, independent = (_draw(small, engine.DCI("cat", fraction=1.0, noise=n)) for n in ("shared", "independent"))
+    assert relative_error(independent.latents, shared.latents) > 1e-2
+
+
+def test_nouns_of_known_categories_have_stand_ins_of_their_own() -> None:
+    for noun, expected in (
+        ("tiger", "dog"), ("Woman", "man"), ("golden retriever dog", "cat"), ("vase", "mug"), ("mug", "teapot"),
+        ("sneaker", "shoe"), ("teddy bear", "toy"), ("barn", "house"), ("sunglasses", "glasses"), ("car", "boat"),
+    ):  # fmt: skip
+        assert engine.DCI(noun).auxiliary == expected
+    with pytest.raises(ValueError, match="auxiliary_noun must be given for a noun of no known category, got 'gizmo'"):
+        engine.DCI("gizmo")
+    assert engine.DCI("gizmo", "widget").auxiliary == "widget"
+
+
+def test_the_papers_subjects_have_a_category() -> None:
+    """The classes of DreamBooth's thirty subjects and of Custom Diffusion's ten."""
+    dreambooth = (
+        "backpack, stuffed animal, bowl, can, candle, cat, clock, sneaker, dog, toy, boot, cartoon, glasses, vase"
+    )
+    custom_diffusion = "barn, cat, chair, dog, flower, table, teddybear, tortoise plushy, pot, teapot"
+    for noun in (*dreambooth.split(", "), *custom_diffusion.split(", ")):
+        assert engine.DCI(noun).auxiliary != noun
+
+
+def test_a_text_is_tokenized_once(small: engine.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[str] = []
+    tokenize = small.text_encoder.tokenize
+    monkeypatch.setattr(
+        small.text_encoder,
+        "tokenize",
+        lambda prompt, vectors=None: seen.append(prompt.text) or tokenize(prompt, vectors),
+    )
+    _draw(small, engine.DCI("cat", fraction=0.5, guidance="own"), prompt="a cat in snow", attention_words=["snow"])
+    assert sorted(seen) == ["", "a cat in snow", "a dog in snow"]
+
+
 def test_the_auxiliary_noun_is_chosen_and_told(small: engine.Engine) -> None:
-    for noun, expected in (("cat", "dog"), ("dog", "cat"), ("teapot", "backpack"), ("backpack", "teapot")):
+    for noun, expected in (("cat", "dog"), ("dog", "cat"), ("teapot", "mug"), ("backpack", "handbag")):
         assert engine.DCI(noun).auxiliary == expected
     told = _draw(small, engine.DCI("cat")).settings["customizations"][0]
     assert (told["auxiliary_noun"], told["preset"], told["token_scale"], told["gain"]) == ("dog", "calibrated", 10, 500)

@@ -12,8 +12,9 @@ from torch import Tensor
 
 import engine
 from engine.methods.concept import Change, Concept
+from engine.methods.concept_cache import Text, Texts, placeholders
 from engine.methods.dci import make_branches
-from engine.text.encoder import Text
+from engine.text.weighting import parse_weights
 from tests.parity.dci_reference import LiteralDCI, Side
 from tests.pipelines import relative_error, save_pipeline
 
@@ -45,6 +46,10 @@ def _spell(pipeline, tokens: Tensor) -> None:
     pipeline.text_encoder.resize_token_embeddings(len(pipeline.tokenizer), mean_resizing=False)
     ids = pipeline.tokenizer.convert_tokens_to_ids(names)
     pipeline.text_encoder.get_input_embeddings().weight.data[ids] = tokens
+
+
+def _text_kv(sd: engine.Engine, text: Text):
+    return sd.concepts.text_kv([text], Texts(sd.text_encoder).encode([text], "a1111"))
 
 
 @pytest.fixture
@@ -87,13 +92,13 @@ def test_final_latents(both) -> None:
 def test_final_latents_with_two_branches(both, preset: str, guidance: str, fraction: float) -> None:
     sd, concept, pipeline = both
     dci = engine.DCI(concept, "dog", strength=1.5, fraction=fraction, preset=preset, guidance=guidance)
-    branches = make_branches(_PROMPT, dci, sd.text_encoder)
+    branches = make_branches(_PROMPT, dci, Texts(sd.text_encoder))
     ids = pipeline.tokenizer(_SPELLED, add_special_tokens=False).input_ids
     names = pipeline.tokenizer.convert_tokens_to_ids(["<v0>", "<v1>", "<v2>"])
     concept_at = [1 + i for i, token in enumerate(ids) if token in names]
     concept_at.append(concept_at[-1] + 1)  # the noun
     assert branches.chosen[0] == concept_at
-    assert branches.texts[1].prompt == _AUXILIARY
+    assert branches.texts[1].prompt.text == _AUXILIARY
     assert branches.lengths[0] == len(ids)
     noise = torch.randn(1, 4, 8, 8, generator=torch.Generator().manual_seed(3))
     expected = LiteralDCI(pipeline)(
@@ -143,10 +148,11 @@ def test_tokens_stand_where_words_would(both) -> None:
     red = text.model.get_input_embeddings().weight[text.tokenize("red").ids[1]].detach()
     learned = Concept("cat", tokens=red[None], placeholder="<r>")
     for prompt in ("a {} cat", "{}", "a cat, {}!", "(a {}:1.3) cat"):
-        spelled, tokens = text.tokenize(prompt.format("red")), text.tokenize(prompt.format("<r>"), [learned])
+        spelled = text.tokenize(prompt.format("red"))
+        tokens = text.tokenize(prompt.format("<r>"), placeholders([learned], text.width))
         assert torch.equal(text.encode([spelled]), text.encode([tokens]))
         assert len(tokens.learned) == 1
-    assert text.tokenize("a <R> cat", [learned]).learned  # CLIP's text is in lower case
+    assert text.tokenize("a <R> cat", placeholders([learned], text.width)).learned  # CLIP's text is in lower case
     same = sd.generate("a red cat", seed=0, **_OPTIONS).latents
     assert torch.equal(sd.generate("a <r> cat", seed=0, customization=engine.ICO([learned]), **_OPTIONS).latents, same)
 
@@ -160,23 +166,23 @@ def test_several_concepts_add_up_in_any_order(both) -> None:
         for order in ([concept, other], [other, concept])
     )
     assert relative_error(one, two) <= 1e-5
-    context = sd.text_encoder.encode([sd.text_encoder.tokenize(prompt, [concept, other])])
+    context = Texts(sd.text_encoder).encode([Text(parse_weights(prompt), (concept, other))], "a1111")
     name = next(iter(sd.unet.cross_attentions))
     weight = sd.unet.cross_attentions[name].to_k.weight
     weight = weight + concept.changes[f"{name}.to_k"].up + other.changes[f"{name}.to_k"].up
-    (keys, _), *_ = sd._encode([Text(prompt, (concept, other))])
+    (keys, _), *_ = _text_kv(sd, Text(parse_weights(prompt), (concept, other)))
     torch.testing.assert_close(keys, context @ weight.T)
 
 
 def test_threads_keep_their_own_tokens(both) -> None:
     sd, _, _ = both
     concepts = [_concept(sd, seed) for seed in range(4)]
-    alone = [sd._encode([Text("a V* cat", (concept,))]) for concept in concepts]
+    alone = [_text_kv(sd, Text(parse_weights("a V* cat"), (concept,))) for concept in concepts]
     found: dict[int, list] = {i: [] for i in range(4)}
 
     def encode(i: int) -> None:
         for _ in range(10):
-            found[i].append(sd._encode([Text("a V* cat", (concepts[i],))]))
+            found[i].append(_text_kv(sd, Text(parse_weights("a V* cat"), (concepts[i],))))
 
     threads = [threading.Thread(target=encode, args=(i,)) for i in range(4)]
     for thread in threads:

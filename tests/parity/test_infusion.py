@@ -7,7 +7,7 @@ import torch
 from torch import Tensor
 
 import engine
-from engine.text.encoder import find_noun
+from engine.text.words import find_noun
 from tests.parity.infusion_reference import LiteralInfusion, Residual
 from tests.pipelines import relative_error, save_pipeline
 
@@ -191,8 +191,8 @@ def test_a_concept_of_another_model_is_refused(small: engine.Engine) -> None:
 def test_projections_are_kept_as_long_as_their_concept(small: engine.Engine) -> None:
     concept = _concept(small, "cat")
     _draw(small, engine.Infusion([concept]), steps=1)
-    kept = len(small._projected)
+    kept = len(small.concepts)
     _draw(small, engine.Infusion([concept]), steps=1)
-    assert len(small._projected) == kept
+    assert len(small.concepts) == kept
     del concept
-    assert len(small._projected) == kept - 1
+    assert len(small.concepts) == kept - 1

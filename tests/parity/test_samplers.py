@@ -9,7 +9,8 @@ import torch
 from torch import Tensor
 
 from engine.models.config import ScheduleConfig
-from engine.sampling.samplers import SAMPLERS, SamplerTable, make_table, step
+from engine.sampling.samplers import SAMPLERS, make_table
+from engine.sampling.table import SamplerTable, step
 from tests.pipelines import SCHEDULER, SCHEDULERS, SD_V1_5_SCHEDULER, relative_error
 
 

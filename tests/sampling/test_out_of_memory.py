@@ -3,6 +3,7 @@
 from collections.abc import Callable
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 
@@ -40,6 +41,26 @@ def test_a_step_is_tried_again_where_it_stopped(sd: Engine, monkeypatch: pytest.
     out = _draw(sd, callback=lambda step, _total, _x: steps.append(step))
     assert (out.images == expected.images).all()
     assert (steps, freed) == ([0, 1, 2], [1])
+
+
+def test_steps_that_record_are_tried_again_too(sd: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """What the attempt that failed had recorded, up to its middle, is forgotten."""
+    options = {
+        "customization": engine.DCI("cat", fraction=0.7),
+        "attention_words": ["cat"],
+        "record_masks": True,
+        "callback": lambda *_: None,
+    }
+    expected = _draw(sd, **options)
+    last = sd.unet.mid_block.resnets[1]
+    monkeypatch.setattr(last, "forward", _failing(last.forward, lambda call, _: call == 1))
+    out = _draw(sd, **options)
+    assert (out.images == expected.images).all()
+    for name, maps in expected.attention.layers.items():
+        assert np.array_equal(out.attention.layers[name], maps)
+    for name, masks in expected.masks[0].layers.items():
+        assert len(masks) == 2
+        assert np.array_equal(out.masks[0].layers[name], masks)
 
 
 def test_what_does_not_fit_is_told(sd: Engine, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -2,7 +2,7 @@
 
 import statistics
 import time
-from dataclasses import fields, replace
+from dataclasses import replace
 
 import psutil
 import pytest
@@ -12,11 +12,11 @@ from torch.utils.flop_counter import FlopCounterMode, flop_registry
 
 import engine
 from benchmarks.systems import default_request
-from engine.models.conditioning import Conditioning, Following, Mixing, Shared
+from engine.methods.concept_cache import Texts
+from engine.models.conditioning import Batch, Conditioning, Following, Mixing, Shared
 from engine.models.config import UNetConfig
 from engine.models.unet import UNet2DConditionModel
 from engine.sampling.plan import make_plans
-from engine.text.encoder import Text
 from tests.pipelines import SD_V1_5_UNET, random_concept
 
 
@@ -33,7 +33,7 @@ def _flops(unet: UNet2DConditionModel, n_own: int, n_followers: int) -> int:
             tokens = torch.empty(n_own, 1, dtype=torch.int64)
             following = Following(tokens, torch.empty(n_followers, dtype=torch.int64), residuals)
         with FlopCounterMode(display=False) as counter:
-            unet.denoise(torch.empty(n_rows, 4, 64, 64), Conditioning(shifts, text, following))
+            unet.denoise(torch.empty(n_rows, 4, 64, 64), Conditioning(Batch(text, following), shifts))
     return counter.get_total_flops()
 
 
@@ -54,7 +54,7 @@ def test_rows_of_one_picture_share_what_no_text_reaches() -> None:
         shifts = unet.time_shifts(torch.empty(1)).expand(2, -1)
         text, index = unet.text_kv(torch.empty(2, 77, 768)), torch.empty(2, dtype=torch.int64)
         with FlopCounterMode(display=False) as counter:
-            unet.denoise(torch.empty(1, 4, 64, 64), Conditioning(shifts, text, shared=Shared(index, index[:1])))
+            unet.denoise(torch.empty(1, 4, 64, 64), Conditioning(Batch(text, shared=Shared(index, index[:1])), shifts))
     assert counter.get_total_flops() <= 0.975 * _flops(unet, 2, 0)
 
 
@@ -71,8 +71,8 @@ def test_shared_rows_get_what_each_gets_alone(first_block: str) -> None:
     rows, firsts, timesteps = torch.tensor([1, 0, 0, 1, 0]), torch.tensor([1, 0]), torch.tensor([7, 300])
     with torch.no_grad():
         shifts, text = unet.time_shifts(timesteps[rows]), unet.text_kv(context)
-        shared = unet.denoise(latents, Conditioning(shifts, text, shared=Shared(rows, firsts)))
-        alone = unet.denoise(latents[rows], Conditioning(shifts, text))
+        shared = unet.denoise(latents, Conditioning(Batch(text, shared=Shared(rows, firsts)), shifts))
+        alone = unet.denoise(latents[rows], Conditioning(Batch(text), shifts))
     torch.testing.assert_close(shared, alone)
 
 
@@ -99,7 +99,7 @@ def _mixing_flops(unet: UNet2DConditionModel, masked: bool) -> int:
         chosen, lengths = torch.empty(2, 77, dtype=torch.bool), torch.empty(2, dtype=torch.int64)
         mixing = Mixing(chosen, lengths, torch.empty(1, 4), False, masked, layers)
         with FlopCounterMode(display=False) as products, _Pointwise() as pointwise:
-            unet.denoise(torch.empty(3, 4, 64, 64), Conditioning(shifts, text, None, mixing))
+            unet.denoise(torch.empty(3, 4, 64, 64), Conditioning(Batch(text, mixing=mixing), shifts))
     return products.get_total_flops() + pointwise.total
 
 
@@ -142,30 +142,27 @@ def test_no_map_is_written(small: engine.Engine) -> None:
     assert any(shape[-1] == 3 and 64 in shape for shape in seen.shapes)  # one token's columns, over three heads
 
 
-class _KnownText:
-    """A text encoder that has seen the prompt before."""
+class _KnownTexts(Texts):
+    """The texts of a request whose keys and values are known."""
 
-    def __init__(self, encoder) -> None:
-        self.max_length, self.tokens = encoder.max_length, encoder.tokenize("a cat")
-
-    def tokenize(self, _prompt: str, _concepts=()):
-        return self.tokens
+    def encode(self, _texts, _weighting):
+        return None
 
 
-def test_concepts_switch_at_once(small: engine.Engine) -> None:
+def test_concepts_switch_at_once(small: engine.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
     concepts = [random_concept(small, seed) for seed in range(1000)]
-    text, known = _KnownText(small.text_encoder), small._encode([Text(""), Text("a cat")])
+    texts, known = _KnownTexts(small.text_encoder), small.unet.text_kv(small.encode_prompt(["", "a cat"]))
+    monkeypatch.setattr(small.concepts, "text_kv", lambda _texts, _context: known)
     request = default_request(small, "a cat", customization=engine.Infusion(concepts[:1]))
     for concept in concepts:
-        small._project(concept)
-    make_plans(request, 1, text, lambda _: known, small._project, small.device)
+        small.concepts.residuals(concept)
+    make_plans(request, 1, texts, small.concepts, small.device)
     resident_bytes = psutil.Process().memory_info().rss
     seconds = []
     for concept in concepts:
         request = replace(request, customizations=(engine.Infusion([concept]),))
         start = time.perf_counter()
-        (plan,) = make_plans(request, 1, text, lambda _: known, small._project, small.device)
+        make_plans(request, 1, texts, small.concepts, small.device)
         seconds.append(time.perf_counter() - start)
     assert statistics.median(seconds) < 1e-3
     assert psutil.Process().memory_info().rss - resident_bytes < 4e6
-    assert {field.name for field in fields(plan)} >= {"following", "trajectories"}

@@ -32,7 +32,7 @@ _PICTURE = Image.new("RGB", (16, 16))
         ({"guidance_scale": "7"}, "guidance_scale must be a finite number"),
         ({"guidance_scale": 1, "negative_prompt": "dark"}, "negative_prompt needs a guidance_scale above 1"),
         ({"vae_tiling": True, "output": "latent"}, "which output='latent' does not run"),
-        ({"sampler": "heun"}, "sampler must be one of ddim, euler"),
+        ({"sampler": "dpm_fast"}, "sampler must be one of ddim, pndm, euler"),
         ({"sampler": None}, "sampler must be one of"),
         ({"eta": 1.5}, "eta must be a finite number from 0 to 1, got 1.5"),
         ({"eta": 0.5, "sampler": "euler"}, "eta belongs to the ddim sampler alone"),

@@ -31,12 +31,41 @@ def test_what_is_cut_off_is_quoted(small: engine.Engine) -> None:
     assert small.text_encoder.tokenize("red " * 75).cut_off == ""
 
 
-def test_weights_move_tokens_away_from_the_empty_prompt(small: engine.Engine) -> None:
-    plain, weighted, neutral, empty = small.encode_prompt(["a red cat", "a (red:1.5) cat", "a (red:1.0) cat", ""])
+_WEIGHTED = ["a red cat", "a (red:1.5) cat", "a (red:1.0) cat", ""]
+
+
+def test_comfyui_moves_tokens_away_from_the_empty_prompt(small: engine.Engine) -> None:
+    plain, weighted, neutral, empty = small.encode_prompt(_WEIGHTED, weighting="comfyui")
     assert torch.equal(neutral, plain)
     torch.testing.assert_close(weighted[2], empty[2] + 1.5 * (plain[2] - empty[2]))
     others = [i for i in range(77) if i != 2]
     assert torch.equal(weighted[others], plain[others])
+
+
+def test_a1111_scales_tokens_and_restores_the_mean() -> None:
+    """On a model whose embeddings have a mean, as CLIP's do; a neutral row beside it stays as it is."""
+    sd = engine.load()
+    plain, weighted, neutral, _ = sd.encode_prompt(_WEIGHTED)
+    assert torch.equal(neutral, plain)
+    assert torch.equal(weighted, sd.encode_prompt(_WEIGHTED, weighting="a1111")[1])
+    scaled = plain.clone()
+    scaled[2] *= 1.5
+    torch.testing.assert_close(weighted, scaled * (plain.mean() / scaled.mean()))
+    torch.testing.assert_close(weighted.mean(), plain.mean())
+    assert not torch.allclose(weighted, scaled)
+
+
+def test_a1111_where_there_is_no_mean(small: engine.Engine) -> None:
+    """A last layer norm without a bias leaves none: then there is nothing to restore."""
+    plain, weighted, *_ = small.encode_prompt(_WEIGHTED)
+    assert plain.mean().abs() < 1e-6
+    torch.testing.assert_close(weighted[2], 1.5 * plain[2])
+    torch.testing.assert_close(weighted[3:], plain[3:])
+
+
+def test_an_unknown_rule_is_refused(small: engine.Engine) -> None:
+    with pytest.raises(ValueError, match="weighting must be one of a1111, comfyui, got 'compel'"):
+        small.generate("a cat", weighting="compel")
 
 
 def test_threads_share_the_tokenizer(small: engine.Engine) -> None:

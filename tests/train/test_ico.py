@@ -7,7 +7,7 @@ import torch
 from PIL import Image
 
 import engine
-from engine.train.ico import SCHEMES, ICOObjective
+from engine.train.ico import SCHEMES, ICOObjective, ICOOptions
 from tests.train.test_infusion import _pictures
 
 
@@ -17,24 +17,7 @@ def _train(sd: engine.Engine, **options) -> engine.Concept:
 
 
 def _objective(sd: engine.Engine, **changes) -> ICOObjective:
-    arguments = {
-        "scheme": "dci",
-        "train_kv": True,
-        "learning_rate": 6e-5,
-        "context_learning_rate": 6e-4,
-        "batch_size": 3,
-        "accumulation_steps": 1,
-        "initial_tokens": None,
-        "placeholder": "V*",
-        "masks": None,
-        "prior_images": 0,
-        "prior_weight": 1.0,
-        "size": None,
-        "seed": 0,
-        "gradient_checkpointing": False,
-        "sample_prompts": None,
-    }
-    return ICOObjective(sd, _pictures(), "cat", **(arguments | changes))
+    return ICOObjective(sd, _pictures(), "cat", ICOOptions(**({"batch_size": 3} | changes)))
 
 
 @pytest.mark.parametrize("train_kv", [True, False])
@@ -138,7 +121,7 @@ def test_bad_arguments_are_refused(small: engine.Engine) -> None:
         with pytest.raises(ValueError, match=message):
             _train(small, **options)
     with pytest.raises(ValueError, match=r"sample_prompts must contain 'V\*', got 'a cat'"):
-        _objective(small, sample_prompts=["a cat"])
+        _objective(small, sample_prompts=["a cat"], folder="runs")
 
 
 def test_a_loss_that_is_not_finite_stops(small: engine.Engine, tmp_path: Path) -> None:

@@ -13,7 +13,7 @@ import torch
 from PIL import Image
 
 import engine
-from engine.train.infusion import InfusionObjective
+from engine.train.infusion import InfusionObjective, InfusionOptions
 from engine.train.loop import Terminated
 from engine.train.pictures import Pictures
 
@@ -29,20 +29,8 @@ def _train(sd: engine.Engine, **options) -> engine.Concept:
 
 
 def _objective(sd: engine.Engine, **changes) -> InfusionObjective:
-    arguments = {
-        "learning_rate": 0.01,
-        "batch_size": 3,
-        "accumulation_steps": 1,
-        "space": "text",
-        "tokens": "last",
-        "masks": None,
-        "templates": ("a photo of a {}",),
-        "size": None,
-        "seed": 0,
-        "gradient_checkpointing": False,
-        "sample_prompts": None,
-    }
-    return InfusionObjective(sd, _pictures(), "cat", **(arguments | changes))
+    options = {"batch_size": 3, "templates": ("a photo of a {}",)} | changes
+    return InfusionObjective(sd, _pictures(), "cat", InfusionOptions(**options))
 
 
 def _same(one: engine.Concept, other: engine.Concept) -> bool:
@@ -192,8 +180,8 @@ def test_losses_go_to_tensorboard_where_it_is_installed(
     written, closed = [], []
 
     class SummaryWriter:
-        def __init__(self, folder: str) -> None:
-            assert Path(folder) == tmp_path
+        def __init__(self, folder: str, purge_step: int) -> None:
+            assert (Path(folder), purge_step) == (tmp_path, 0)
 
         def add_scalar(self, name: str, value: float, step: int) -> None:
             written.append((name, step, round(value, 6)))

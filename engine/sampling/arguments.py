@@ -1,0 +1,144 @@
+"""The arguments of ``generate``, each declared once: default, help and check."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from PIL import Image
+from torch import Tensor
+
+from ..checks import check_callable, check_choice, check_flag, check_integer, check_number, check_texts
+from ..methods.dci import DCI
+from ..methods.ico import ICO
+from ..methods.infusion import Infusion
+from ..observe.progress import Callback
+from ..options import check_options, option
+from ..text.weighting import WEIGHTINGS
+from .samplers import SAMPLERS
+
+DEFAULT_STRENGTH = 0.8
+
+_OUTPUTS = ("pil", "numpy", "latent")
+
+Picture = Image.Image | np.ndarray
+Customization = Infusion | ICO | DCI
+
+
+def _check_words(name: str, value: Any) -> tuple[str, ...]:
+    return () if value in ((), []) else check_texts(name, value)
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class Options:
+    """What ``generate`` takes beside its prompts. A new argument is a field here; all lists of them follow."""
+
+    negative_prompt: str | Sequence[str] = option(
+        "", "what to keep away from; one text, or one per prompt.", flags=(), metavar="TEXT"
+    )
+    steps: int = option(
+        50,
+        "sampling steps of the whole schedule; heun evaluates the UNet twice a step, pndm once or more in addition.",
+        partial(check_integer, low=1),
+        flags=(),
+        setting=True,
+    )
+    guidance_scale: float = option(
+        8.0,
+        "classifier-free guidance; 1 turns it off, and its UNet rows with it.",
+        partial(check_number, low=1.0),
+        flags=(),
+        metavar="S",
+        setting=True,
+    )
+    sampler: str = option(
+        "ddim",
+        f"one of {', '.join(SAMPLERS)}.",
+        partial(check_choice, choices=tuple(SAMPLERS)),
+        flags=(),
+        setting=True,
+    )
+    eta: float = option(
+        0.0,
+        "ddim's share of fresh noise, 0 to 1.",
+        partial(check_number, low=0.0, high=1.0),
+        flags=(),
+        setting=True,
+    )
+    height: int | None = option(
+        None,
+        "in pixels, a multiple of the VAE's factor (8); the model's own where not given.",
+        partial(check_integer, low=1),
+        optional=True,
+        setting=True,
+    )
+    width: int | None = option(None, "as height.", partial(check_integer, low=1), optional=True, setting=True)
+    seed: int | Sequence[int] | None = option(
+        None,
+        "one integer, counted up over the images, or one per image; drawn below 2^32 and reported where not given. A "
+        'seed is float32 noise of torch.Generator("cpu"), so a picture depends neither on its batch nor on the device, '
+        "beyond rounding. That generator keeps a seed's low 32 bits alone: those that differ by 2^32 are one.",
+        flags=(),
+        metavar="N[,N...]",
+    )
+    images_per_prompt: int = option(
+        1, "images in a row for each prompt.", partial(check_integer, low=1), flags=("--count",), metavar="N"
+    )
+    image: Picture | Sequence[Picture] | None = option(
+        None,
+        "picture(s) to start from, PIL or (H, W, 3) arrays; turned as their EXIF orientation says.",
+        flags=(),
+        metavar="FILE",
+    )
+    strength: float = option(
+        DEFAULT_STRENGTH,
+        "share of the schedule that redraws image; above 0, at most 1.",
+        partial(check_number, low=0.0, high=1.0),
+        flags=(),
+    )
+    latents: Tensor | None = option(None, "unit-variance start noise (B, 4, h, w), in place of the seeds' own.")
+    weighting: str = option(
+        "a1111",
+        'what (word:1.2) does: "a1111" multiplies the embedding and restores the mean of the whole prompt\'s; '
+        '"comfyui" moves it away from the empty prompt\'s.',
+        partial(check_choice, choices=WEIGHTINGS),
+        flags=(),
+        setting=True,
+    )
+    customization: Customization | Sequence[Customization | None] | None = option(
+        None,
+        "an Infusion, ICO or DCI for all images, or a list with one per image; None draws with the model as it is. "
+        "Images with the same texts, seed and start share one foundation.",
+    )
+    attention_words: Sequence[str] = option(
+        (),
+        "words of every prompt whose attention maps to record, at the cost of copying them to the host at every step; "
+        "see Result.attention.",
+        _check_words,
+    )
+    record_masks: bool = option(False, "record the masks of DCI images; see Result.masks.", check_flag)
+    output: str = option("pil", '"pil", "numpy" or "latent".', partial(check_choice, choices=_OUTPUTS))
+    callback: Callback | None = option(
+        None,
+        "callback(step, total, latents) after every evaluation of the UNet, counted from 0; returning False cancels, "
+        "and the result then has no images.",
+        check_callable,
+        optional=True,
+    )
+    progress: bool = option(True, "show a progress bar.", check_flag)
+    vae_slicing: bool = option(
+        False, "run the VAE image by image, with the same result and less memory.", check_flag, flags=(), setting=True
+    )
+    vae_tiling: bool = option(
+        False,
+        "run the VAE tile by tile, for large pictures; see AutoencoderKL.decode.",
+        check_flag,
+        flags=(),
+        setting=True,
+    )
+
+    def __post_init__(self) -> None:
+        check_options(self)
