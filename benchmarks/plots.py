@@ -13,25 +13,46 @@ from benchmarks.machine import RESULTS
 from benchmarks.report import pooled
 
 DOCS = Path(__file__).parent.parent / "docs"
-_SWEEPS = ("strength", "fraction")
-_KINDS = {"concept": "concept seen", "background": "background right"}
+_SWEEPS = {"strength": "strength of the other branch", "fraction": "fraction of the steps that mix"}
+_KINDS = {"concept": "the concept is seen", "background": "the background is right", "object": "the object is right"}
+_FONT_PT = 11
 
 
 def dci_curves(result: dict[str, Any]) -> None:
-    """How often concept and background are right over strengths and fractions, with 95 % intervals."""
-    records = result["dci"]
-    figure, axes = plt.subplots(1, len(_SWEEPS), figsize=(9, 3.4), sharey=True, layout="constrained")
-    for axis, sweep in zip(axes, _SWEEPS, strict=True):
-        values = [entry["value"] for entry in records[0][sweep]]
-        for what, label in _KINDS.items():
-            found = [pooled([record[sweep][i] for record in records], what) for i in range(len(values))]
-            shares, lows, highs = 100 * np.array(found).T
-            axis.errorbar(values, shares, yerr=(shares - lows, highs - shares), marker="o", capsize=3, label=label)
-        axis.set_xlabel(sweep)
-        axis.set_xticks(values)
-        axis.grid(alpha=0.3)
-    axes[0].set_ylabel("% of pictures")
-    axes[0].legend()
+    """How often concept, background and object are right over strengths and fractions, with 95 % intervals."""
+    names = list(result["settings"])
+    size = (11, 3.9 * len(names) + 0.5)
+    figure, axes = plt.subplots(
+        len(names), len(_SWEEPS), figsize=size, sharey=True, squeeze=False, layout="constrained"
+    )
+    figure.suptitle(
+        "DCI on tinyworld: share of pictures in which each is so, with 95 % intervals", fontsize=_FONT_PT + 2
+    )
+    for row, name in zip(axes, names, strict=True):
+        settings = result["settings"][name]
+        records = [record for record in result["dci"] if record["settings"] == name]
+        concepts = (
+            " and ".join(record["concept"] for record in records) if len(records) < 3 else f"{len(records)} concepts"
+        )
+        others = {"strength": "fraction", "fraction": "strength"}
+        for axis, (sweep, label) in zip(row, _SWEEPS.items(), strict=True):
+            values = [entry["value"] for entry in records[0][sweep]]
+            for i, (what, told) in enumerate(_KINDS.items()):
+                found = [pooled([record[sweep][at] for record in records], what) for at in range(len(values))]
+                shares, lows, highs = 100 * np.array(found).T
+                places = np.array(values) + (i - 1) * 0.008 * (max(values) - min(values))  # intervals side by side
+                errors = (shares - lows, highs - shares)
+                axis.errorbar(places, shares, yerr=errors, marker="os^"[i], capsize=3, label=told)
+            fixed = f"{others[sweep]} {settings['dci'][others[sweep]]:g}"
+            guidance = f"guidance {settings['drawing']['guidance_scale']:g}"
+            axis.set_title(f"settings: {name}; {concepts}\n{fixed}, {guidance}", fontsize=_FONT_PT)
+            axis.set_xlabel(label, fontsize=_FONT_PT)
+            axis.set_xticks(values)
+            axis.set_ylim(-3, 103)
+            axis.tick_params(labelsize=_FONT_PT)
+            axis.grid(alpha=0.3)
+        row[0].set_ylabel("% of pictures", fontsize=_FONT_PT)
+    axes[0][0].legend(fontsize=_FONT_PT)
     figure.savefig(DOCS / "dci-curves.png", dpi=110)
 
 

@@ -147,66 +147,113 @@ def _quality(path: Path, result: dict[str, Any]) -> str:
 
 
 def _infusion(path: Path, result: dict[str, Any]) -> str:
-    about, settings = result["machine"], result["settings"]
-    lines = [
-        "Infusion on tinyworld: 5 reference pictures in 2 contexts, "
-        f"{result['infusion'][0]['train_steps']} steps of {4 * settings['accumulation_steps']} pictures "
-        f"{'with masks' if settings['masks'] else 'without masks'}, learning rate {settings['learning_rate']:g}, "
-        f"{settings['jobs']} trainings at a time; then {settings['seeds']} pictures in each of "
-        f"{settings['contexts']} contexts, ddim {settings['steps']} steps, "
-        f"guidance {settings['guidance_scale']:g}, commit {about['commit'][:9]} "
-        f"([{path.name}](benchmarks/results/{path.name})); % with 95 % intervals, the foundation's own pictures in "
-        "brackets. The concept's judge is trained on drawings; its accuracy on others stands beside.\n",
-        "| concept | space | foundation | concept seen | background right | object right | judge | trained in |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- |",
-    ]
-    base: dict[str, dict[str, Any]] = {}
-    for record in result["infusion"]:
-        base |= {record["concept"]: record["foundation_pictures"]} if "foundation_pictures" in record else {}
-        cells = []
-        for what in ("concept", "background", "object"):
-            low, high = record["customised"][what]["interval"]
-            own, plain = (100 * kind[what]["share"] for kind in (record["customised"], base[record["concept"]]))
-            cells.append(f"{own:.0f} ({100 * low:.0f} to {100 * high:.0f}) [{plain:.0f}]")
-        lines.append(
-            f"| {record['concept']} | {record['space']} | {record['foundation']} | {' | '.join(cells)} | "
-            f"{100 * record['judge_accuracy']:.1f} | {record['training_seconds']:.0f} s |"
-        )
-    return "\n".join(lines) + "\n"
+    parts = []
+    for name, settings in result["settings"].items():
+        records = [record for record in result["infusion"] if record["settings"] == name]
+        lines = [
+            f"Infusion on tinyworld, {_set(name, settings)}; {_trained(settings)}; then {_drawn(path, settings)}; % "
+            "with 95 % intervals, the foundation's own pictures in brackets. Judges are trained on drawings; beside "
+            "stands how often they are right: the concept's on other drawings, the object's on the concept's own "
+            "through the VAE (in brackets the evaluator, which never saw patterns and here tells backgrounds only).\n",
+            "| concept | space | foundation | concept seen | background right | object right "
+            "| concept's judge | object's judge | trained in |",
+            "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        ]
+        base: dict[str, dict[str, Any]] = {}
+        for record in records:
+            base |= {record["concept"]: record["foundation_pictures"]} if "foundation_pictures" in record else {}
+            cells = []
+            for what in ("concept", "background", "object"):
+                plain = 100 * base[record["concept"]][what]["share"]
+                cells.append(f"{_share(record['customised'][what])} [{plain:.0f}]")
+            judges = (record["object_judge_accuracy"], record["evaluator_accuracy_on_concept"])
+            own, old = (100 * judge["concept_through_vae"] for judge in judges)
+            lines.append(
+                f"| {record['concept']} | {record['space']} | {record['foundation']} | {' | '.join(cells)} | "
+                f"{100 * record['judge_accuracy']:.1f} | {own:.0f} [{old:.0f}] | {record['training_seconds']:.0f} s |"
+            )
+        parts.append("\n".join(lines) + "\n")
+    return "\n".join(parts)
 
 
 def _dci(path: Path, result: dict[str, Any]) -> str:
-    about, settings, records = result["machine"], result["settings"], result["dci"]
-    seconds = [record["training_seconds"] for record in records]
+    parts = []
+    for name, settings in result["settings"].items():
+        records = [record for record in result["dci"] if record["settings"] == name]
+        seconds = [record["training_seconds"] for record in records]
+        concepts = ", ".join(f"{one['concept']} (beside {one['auxiliary_noun']})" for one in records)
+        strength, fraction = (settings["dci"][what] for what in ("strength", "fraction"))
+        lines = [
+            f"ICO and DCI on tinyworld, {_set(name, settings)}; {concepts}; {_trained(settings)} "
+            f"({min(seconds):.0f} to {max(seconds):.0f} s); then of each {_drawn(path, settings)}; strength "
+            f"{strength:g} and fraction {fraction:g} where they do not vary; % with 95 % intervals.\n",
+            "| drawn with | concept seen | background right | object right |",
+            "| --- | --- | --- | --- |",
+            f"| ICO alone | {_pooled([record['ico'] for record in records])} |",
+        ]
+        for sweep in ("strength", "fraction", "ablation"):
+            for i, entry in enumerate(records[0][sweep]):
+                value = entry["value"] if sweep == "ablation" else f"{sweep} {entry['value']:g}"
+                lines.append(f"| DCI, {value} | {_pooled([record[sweep][i] for record in records])} |")
+        parts.append("\n".join([*lines, *_gates_and_file(records[0])]) + "\n")
+    return "\n".join(parts)
+
+
+def _gates_and_file(record: dict[str, Any]) -> list[str]:
+    """How the concept's weight spreads over positions, and what its file costs."""
     lines = [
-        f"ICO and DCI on tinyworld: {', '.join(record['concept'] for record in records)}; 5 reference pictures in 2 "
-        f"contexts, {settings['train_steps']} steps ({min(seconds):.0f} to {max(seconds):.0f} s); then "
-        f"{settings['seeds']} pictures of each in each of {settings['contexts']} contexts, ddim {settings['steps']} "
-        f"steps, guidance {settings['guidance_scale']:g}; strength {settings['strength']:g} and fraction "
-        f"{settings['fraction']:g} where they do not vary, commit {about['commit'][:9]} "
-        f"([{path.name}](benchmarks/results/{path.name})); % with 95 % intervals.\n",
-        "| drawn with | concept seen | background right |",
-        "| --- | --- | --- |",
-        f"| ICO alone | {_pooled([record['ico'] for record in records])} |",
-    ]
-    for sweep in ("strength", "fraction", "ablation"):
-        for i, entry in enumerate(records[0][sweep]):
-            value = entry["value"] if sweep == "ablation" else f"{sweep} {entry['value']:g}"
-            lines.append(f"| DCI, {value} | {_pooled([record[sweep][i] for record in records])} |")
-    lines += [
         "",
-        f"The concept's weight w at each scale, over all steps and heads of one picture of {records[0]['concept']}: "
+        f"The concept's weight w at each scale, over all steps and heads of one picture of {record['concept']}: "
         "1st percentile, median, 99th.\n",
         "| positions | calibrated | as printed |",
         "| --- | --- | --- |",
     ]
-    for rows in zip(records[0]["spread"]["calibrated"], records[0]["spread"]["paper"], strict=True):
+    for rows in zip(record["spread"]["calibrated"], record["spread"]["paper"], strict=True):
         cells = [f"{row['p1']:.4f}, {row['median']:.4f}, {row['p99']:.4f}" for row in rows]
         lines.append(f"| {rows[0]['positions']} | {' | '.join(cells)} |")
-    lines += ["", f"The file of {records[0]['concept']}:\n", "| rank | bytes | relative error |", "| --- | --- | --- |"]
-    for row in records[0]["compression"]:
+    lines += ["", f"The file of {record['concept']}:\n", "| rank | bytes | relative error |", "| --- | --- | --- |"]
+    for row in record["compression"]:
         lines.append(f"| {row['rank'] or 'whole'} | {row['bytes']:,} | {row['error']:.3f} |")
-    return "\n".join(lines) + "\n"
+    return lines
+
+
+def _set(name: str, settings: dict[str, Any]) -> str:
+    """A set of settings in words: its name, and whatever of it differs from the library's defaults."""
+    changes = [
+        f"{section}'s {setting} {_value(value)}"
+        for section, values in settings["changed"].items()
+        for setting, value in values.items()
+    ]
+    return f"**{name}**: {', '.join(changes) if changes else 'every setting as the library has it'}"
+
+
+def _value(value: Any) -> str:
+    if isinstance(value, dict):
+        return f"({', '.join(f'{one} for {key}' for key, one in value.items())})"
+    return f"{value:g}" if isinstance(value, float) else str(value)
+
+
+def _trained(settings: dict[str, Any]) -> str:
+    training = settings["training"]
+    n_pictures = training["batch_size"] * training["accumulation_steps"]
+    rate = f"learning rate {training['learning_rate']:g}"
+    if "context_learning_rate" in training:
+        rate += f" (of contexts {training['context_learning_rate']:g})"
+    return f"5 reference pictures in 2 contexts, {training['steps']} steps of {n_pictures} pictures, {rate}"
+
+
+def _drawn(path: Path, settings: dict[str, Any]) -> str:
+    drawing = settings["drawing"]
+    return (
+        f"{settings['seeds']} pictures in each of {settings['contexts']} contexts, {drawing['sampler']} "
+        f"{drawing['steps']} steps, guidance {drawing['guidance_scale']:g}, commit {settings['commit'][:9]} "
+        f"([{path.name}](benchmarks/results/{path.name}))"
+    )
+
+
+def _share(measured: dict[str, Any]) -> str:
+    low, high = measured["interval"]
+    return f"{100 * measured['share']:.0f} ({100 * low:.0f} to {100 * high:.0f})"
 
 
 def pooled(measured: list[dict[str, Any]], what: str) -> tuple[float, float, float]:
@@ -217,9 +264,9 @@ def pooled(measured: list[dict[str, Any]], what: str) -> tuple[float, float, flo
 
 
 def _pooled(measured: list[dict[str, Any]]) -> str:
-    """Concept and background over all concepts."""
-    shares = (pooled(measured, what) for what in ("concept", "background"))
-    return " | ".join(f"{100 * share:.0f} ({100 * low:.0f} to {100 * high:.0f})" for share, low, high in shares)
+    """Concept, background and object over all concepts."""
+    shares = [pooled(measured, what) for what in ("concept", "background", "object")]
+    return " | ".join(_share({"share": share, "interval": (low, high)}) for share, low, high in shares)
 
 
 def main() -> int:

@@ -1,8 +1,9 @@
 """Train ICO concepts and measure what DCI does with them: ``python -m benchmarks.tinyworld.dci_study``.
 
 For each concept: how often pictures show it, and how often the background is right, with ICO alone, over strengths,
-over fractions and for each ablation; how far the gates spread at each scale; and what low-rank files lose. Writes
-``benchmarks/results/dci-tinyworld.json`` and figures.
+over fractions and for each ablation; how far the gates spread at each scale; and what low-rank files lose. All settings
+are the library's defaults, or with ``--tuned`` the small model's own. Writes its set of records into
+``benchmarks/results/dci-tinyworld.json``, and figures (needs the ``plots`` extra).
 """
 
 from __future__ import annotations
@@ -21,21 +22,31 @@ from PIL import Image
 from torch import Tensor
 
 import engine
-from benchmarks.machine import RESULTS, machine, write_result
+from benchmarks.machine import RESULTS
 from benchmarks.systems import default_request
 from benchmarks.tinyworld.backgrounds import BACKGROUNDS
 from benchmarks.tinyworld.concepts import CONCEPTS, reference_pictures
-from benchmarks.tinyworld.studies import GUIDANCE_SCALE, STEPS, Judge, prompts, side_by_side
+from benchmarks.tinyworld.figures import masks_figure, pictures_figure
+from benchmarks.tinyworld.object_judge import ObjectJudge, object_judge
+from benchmarks.tinyworld.studies import (
+    DRAWING,
+    Judge,
+    Settings,
+    defaults_of,
+    prompts,
+    side_by_side,
+    with_changes,
+    write_set,
+)
 from engine.methods.concept_cache import Texts
 from engine.methods.dci import PRESETS
-from engine.observe.sheet import grid
 from engine.sampling.loop import denoise
 from engine.sampling.plan import make_plans
 from engine.sampling.samplers import make_table
 from engine.sampling.start import start
 
 STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
-FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
+FRACTIONS = (0.0, 0.15, 0.4, 1.0)
 ABLATIONS: dict[str, dict[str, Any]] = {
     "all of it": {},
     "no masks": {"masked": False},
@@ -44,16 +55,32 @@ ABLATIONS: dict[str, dict[str, Any]] = {
 }
 RANKS = (8, 16, 32)
 _AUXILIARY = {"cat": "dog", "dog": "cat", "car": "boat", "teapot": "mug", "backpack": "shoe"}
-_RATES = ("learning_rate", "context_learning_rate")
+_TRAINING = ("steps", "scheme", "learning_rate", "context_learning_rate", "batch_size", "accumulation_steps")
+DEFAULTS: Settings = {
+    "training": defaults_of(engine.train_ico, *_TRAINING),
+    "drawing": DRAWING,
+    "dci": defaults_of(engine.DCI, "auxiliary_noun", "strength", "fraction", "preset", "gain"),
+}
+TUNED: Settings = {
+    "training": {"steps": 400, "learning_rate": 4e-4, "context_learning_rate": 1e-2},
+    "drawing": {"guidance_scale": 4.0},
+    "dci": {"auxiliary_noun": _AUXILIARY, "fraction": 0.4},
+}
 _FIGURE_CONTEXTS = (0, 2, 6)  # beach, snow, room
+_TITLES = {
+    "strength": "growing strengths",
+    "fraction": "growing fractions of mixing steps",
+    "ablation": "parts left out",
+}
 
 
-def study(judge: Judge, concept: engine.Concept, dci: engine.DCI, out: Path, name: str) -> dict[str, Any]:
+def study(judge: Judge, concept: engine.Concept, dci: engine.DCI, out: Path, set_name: str) -> dict[str, Any]:
     """Every sweep of one concept; figures go to ``out``."""
+    name = judge.name
     phrase = dci.phrase
     alone = judge.draw(phrase, engine.ICO([concept])).images
     found: dict[str, Any] = {"ico": judge(alone), "strength": [], "fraction": [], "ablation": []}
-    columns: dict[str, list[list[Image.Image]]] = {"strength": [alone], "fraction": [], "ablation": [alone]}
+    columns: dict[str, dict[str, list[Image.Image]]] = {sweep: {"ICO alone": alone} for sweep in _TITLES}
     settings = [("strength", value, {"strength": value}) for value in STRENGTHS]
     settings += [("fraction", value, {"fraction": value}) for value in FRACTIONS]
     settings += [("ablation", what, changes) for what, changes in ABLATIONS.items()]
@@ -66,11 +93,14 @@ def study(judge: Judge, concept: engine.Concept, dci: engine.DCI, out: Path, nam
             drawn[key] = images, judge(images)
         images, measured = drawn[key]
         found[sweep].append({"value": value, **measured})
-        columns[sweep].append(images)
+        heading = value if isinstance(value, str) else f"{sweep} {value:g}"
+        columns[sweep][heading] = images
         print(name, sweep, value, {what: round(one["share"], 2) for what, one in measured.items()}, flush=True)
-    for sweep, pictures in columns.items():
-        rows = [column[context * judge.seeds] for context in _FIGURE_CONTEXTS for column in pictures]
-        grid(rows, columns=len(pictures)).save(out / f"{name}-{sweep}.png")
+    for sweep, drawings in columns.items():
+        rows = [[images[context * judge.seeds] for images in drawings.values()] for context in _FIGURE_CONTEXTS]
+        row_names = [BACKGROUNDS[context] for context in _FIGURE_CONTEXTS]
+        title = f"{name}: ICO alone, and DCI with {_TITLES[sweep]} ({set_name} settings, seed 0)"
+        pictures_figure(rows, row_names, list(drawings), title, out / f"{name}-{sweep}.png")
     return found
 
 
@@ -89,9 +119,9 @@ class _Gates:
 
 
 @torch.no_grad()
-def spread(sd: engine.Engine, prompt: str, dci: engine.DCI) -> list[dict[str, float]]:
+def spread(sd: engine.Engine, prompt: str, dci: engine.DCI, drawing: dict[str, Any]) -> list[dict[str, float]]:
     """How the concept's weight w = sigmoid(s_c - lambda s_a) is distributed at each scale, over steps and heads."""
-    request = default_request(sd, prompt, customization=dci, seed=0, steps=STEPS, guidance_scale=GUIDANCE_SCALE)
+    request = default_request(sd, prompt, customization=dci, seed=0, **drawing)
     table = make_table(request.options.sampler, sd.schedule, request.options.steps)
     plans = make_plans(request, len(table), Texts(sd.text_encoder), sd.concepts, sd.device)
     x, noise = start(request, table, sd._vae, sd.device)
@@ -125,54 +155,54 @@ def compression(concept: engine.Concept) -> list[dict[str, float]]:
     return rows
 
 
-def study_concept(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
+def study_concept(name: str, objects: ObjectJudge, settings: Settings, arguments: argparse.Namespace) -> dict[str, Any]:
     """Train and measure one concept."""
     sd, noun, start = engine.load(), CONCEPTS[name].noun, time.perf_counter()
-    rates = {which: getattr(arguments, which) for which in _RATES}
-    options = {"steps": arguments.train_steps, "scheme": "dci", "progress": False}
-    concept = engine.train_ico(sd, reference_pictures(name), noun, **rates, **options)
+    concept = engine.train_ico(sd, reference_pictures(name), noun, progress=False, **settings["training"])
     seconds = time.perf_counter() - start
     concept.save(arguments.out / f"{name}.safetensors")
-    settings = {which: getattr(arguments, which) for which in ("strength", "fraction", "gain")}
-    dci = engine.DCI(concept, _AUXILIARY[noun], **settings)
-    prompt, judge = prompts(dci.phrase)[0], Judge(sd, name, arguments.seeds)
-    whole = replace(dci, fraction=1.0)
-    out = sd.generate(
-        prompt, seed=0, guidance_scale=GUIDANCE_SCALE, customization=whole, record_masks=True, progress=False
-    )
+    auxiliary = settings["dci"]["auxiliary_noun"]
+    auxiliary = auxiliary[noun] if isinstance(auxiliary, dict) else auxiliary
+    dci = engine.DCI(concept, **(settings["dci"] | {"auxiliary_noun": auxiliary}))
+    prompt = prompts(dci.phrase)[0]
+    judge = Judge(sd, name, arguments.seeds, objects, settings["drawing"])
+    whole, drawing = replace(dci, fraction=1.0), settings["drawing"]
+    out = sd.generate(prompt, seed=0, customization=whole, record_masks=True, progress=False, **drawing)
     assert out.masks is not None
     assert out.masks[0] is not None
-    out.masks[0].figure(out.images[0]).save(arguments.out / f"{name}-masks.png")
+    title = (
+        f'The other branch\'s masks, "{dci.auxiliary}" in place of "{dci.phrase}", mean over {drawing["steps"]} steps'
+    )
+    masks_figure(out.images[0], out.masks[0], title, arguments.out / f"{name}-masks.png")
     return {
         "concept": name,
+        "auxiliary_noun": dci.auxiliary,
         "training_seconds": round(seconds, 1),
-        "judge_accuracy": judge.concept_seen.accuracy,
+        **judge.accuracies(),
         "compression": compression(concept),
-        "spread": {preset: spread(sd, prompt, replace(whole, preset=preset, gain=None)) for preset in PRESETS},
-        **study(judge, concept, dci, arguments.out, name),
+        "spread": {preset: spread(sd, prompt, replace(whole, preset=preset, gain=None), drawing) for preset in PRESETS},
+        **study(judge, concept, dci, arguments.out, "the library's default" if not arguments.tuned else "tuned"),
     }
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--concepts", nargs="+", default=list(CONCEPTS), choices=list(CONCEPTS))
-    parser.add_argument("--seeds", type=int, default=3, help="pictures per context")
-    parser.add_argument("--train-steps", type=int, default=400)
-    parser.add_argument("--learning-rate", type=float, default=4e-4)
-    parser.add_argument("--context-learning-rate", type=float, default=1e-2)
-    parser.add_argument("--strength", type=float, default=1.0, help="of the sweeps that do not vary it")
-    parser.add_argument("--fraction", type=float, default=0.4, help="of the sweeps that do not vary it")
-    parser.add_argument("--gain", type=float, help="g, where the preset's is not wanted")
+    parser.add_argument("--tuned", action="store_true", help="the small model's settings, not the library's defaults")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures per context")
     parser.add_argument("--out", type=Path, default=Path("out/dci"), help="folder for figures and concepts")
     parser.add_argument("--jobs", type=int, default=1, help="concepts at a time, each with its share of the threads")
     arguments = parser.parse_args()
     arguments.out.mkdir(parents=True, exist_ok=True)
-    records = side_by_side(study_concept, [(name, arguments) for name in arguments.concepts], arguments.jobs)
-    settings = {"steps": STEPS, "guidance_scale": GUIDANCE_SCALE, "contexts": len(BACKGROUNDS)}
-    settings |= {
-        name: getattr(arguments, name) for name in (*_RATES, "seeds", "train_steps", "strength", "fraction", "gain")
-    }
-    write_result(RESULTS / "dci-tinyworld.json", machine(), {"settings": settings, "dci": records})
+    changes = TUNED if arguments.tuned else {}
+    settings, objects = with_changes(DEFAULTS, changes), object_judge(arguments.out)
+    tasks = [(name, objects, settings, arguments) for name in arguments.concepts]
+    about = settings | {"changed": changes, "contexts": len(BACKGROUNDS), "seeds": arguments.seeds}
+    records: list[dict[str, Any]] = []
+    for record in side_by_side(study_concept, tasks, arguments.jobs):
+        records.append(record)
+        set_name = "tuned" if arguments.tuned else "defaults"
+        write_set(RESULTS / "dci-tinyworld.json", "dci", set_name, about | {"jobs": arguments.jobs}, records)
 
 
 if __name__ == "__main__":

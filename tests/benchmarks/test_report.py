@@ -63,6 +63,52 @@ def test_gpu_figures_come_from_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert "| guided_step | float16 | 8 | 18.0 (1.0 to 9.0) | 36.0 (1.0 to 9.0) | 2.00x |" in tables
 
 
+def test_studies_name_every_setting_that_is_not_the_librarys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(report, "RESULTS", tmp_path)
+    training = {"steps": 500, "learning_rate": 0.01, "batch_size": 4, "accumulation_steps": 1}
+    drawing = {"sampler": "ddim", "steps": 50, "guidance_scale": 8.0}
+    about = {"contexts": 10, "seeds": 2, "commit": "0123456789abcdef"}
+    defaults = about | {"training": training, "drawing": drawing, "changed": {}}
+    changes = {"training": {"learning_rate": 0.03}, "drawing": {"guidance_scale": 4.0}}
+    sections = {section: defaults[section] | changes[section] for section in changes}
+    tuned = defaults | sections | {"changed": changes}
+    share = {"share": 0.5, "interval": [0.25, 0.75], "n": 20}
+    shares = dict.fromkeys(("concept", "background", "object"), share)
+    judges = {"object_judge_accuracy": {"concept_through_vae": 0.97}, "evaluator_accuracy_on_concept": {}}
+    judges["evaluator_accuracy_on_concept"]["concept_through_vae"] = 0.12
+    record = judges | {"concept": "checkered-teapot", "judge_accuracy": 1.0, "training_seconds": 75.0}
+    drawn = record | {"space": "text", "foundation": "parallel", "customised": shares, "foundation_pictures": shares}
+    infusion = {"settings": {"defaults": defaults, "tuned": tuned}, "infusion": []}
+    infusion["infusion"] = [drawn | {"settings": name} for name in ("defaults", "tuned")]
+    (tmp_path / "infusion.json").write_text(json.dumps(infusion))
+
+    chosen = {"dci": {"strength": 1.0, "fraction": 0.15}}
+    changes = {"training": {"context_learning_rate": 0.01}, "dci": {"auxiliary_noun": {"teapot": "mug"}}}
+    tuned = defaults | chosen | {"training": training | changes["training"], "changed": changes}
+    sweeps = {"ico": shares, "strength": [{"value": 1.0, **shares}], "ablation": [{"value": "no masks", **shares}]}
+    gates = [{"positions": 4, "p1": 0.0, "median": 0.5, "p99": 1.0}]
+    record |= sweeps | {
+        "fraction": [],
+        "auxiliary_noun": "mug",
+        "spread": dict.fromkeys(("calibrated", "paper"), gates),
+    }
+    record["compression"] = [{"rank": None, "bytes": 1000, "error": 0.0}]
+    settings = {"defaults": defaults | chosen, "tuned": tuned}
+    content = {"settings": settings, "dci": [record | {"settings": name} for name in settings]}
+    (tmp_path / "dci.json").write_text(json.dumps(content))
+
+    tables = report.tables()
+    assert "Infusion on tinyworld, **defaults**: every setting as the library has it; 5 reference" in tables
+    assert "Infusion on tinyworld, **tuned**: training's learning_rate 0.03, drawing's guidance_scale 4; 5" in tables
+    row = "| checkered-teapot | text | parallel | 50 (25 to 75) [50] |"
+    assert tables.count(row) == 2
+    assert "| 100.0 | 97 [12] | 75 s |" in tables
+    assert "ICO and DCI on tinyworld, **defaults**: every setting as the library has it; checkered-teapot (be" in tables
+    assert "**tuned**: training's context_learning_rate 0.01, dci's auxiliary_noun (mug for teapot); check" in tables
+    assert "500 steps of 4 pictures, learning rate 0.01 (of contexts 0.01) (75 to 75 s)" in tables
+    assert tables.count("| DCI, no masks | 50 (") == 2
+
+
 def test_the_choice_between_kernels() -> None:
     record = {"op": "attention", "sizes": [40], "median_ms": 1.0, "p90_ms": 1.1}
     slower = record | {"sizes": [80], "p90_ms": 2.5}
