@@ -30,7 +30,7 @@ _GPU_TARGETS: dict[str, tuple[float, ...]] = {  # floor, must and goal, where th
     "cold_start": (0.0, 0.0, 0.0),
     "concept_switch": (0.0, 0.0, 0.0),
 }
-_METHODS = ("infusion", "dci")  # cases whose peer is a processor of ours on diffusers' modules, not diffusers alone
+METHODS = ("infusion", "dci")  # cases whose peer is a processor of ours on diffusers' modules, not diffusers alone
 _SUMMARY = {  # what the README shows: file's case, and its name there
     "guided_step_full_size": "guided step, 512x512",
     "vae_decode_full_size": "VAE decode, 512x512",
@@ -129,7 +129,7 @@ def _compared(result: dict[str, Any], of_methods: bool) -> list[tuple[tuple[str,
     return [
         (key, systems)
         for key, systems in _rows(result).items()
-        if {"diffusers_eager", "twinstream"} <= set(systems) and key[0].startswith(_METHODS) == of_methods
+        if {"diffusers_eager", "twinstream"} <= set(systems) and key[0].startswith(METHODS) == of_methods
     ]
 
 
