@@ -50,7 +50,7 @@ $(BIN)/.docs: $(BIN)/.installed
 
 docs: $(BIN)/.docs
 	$(BIN)/python -m benchmarks.reference
-	DISABLE_MKDOCS_2_WARNING=true $(BIN)/mkdocs build --quiet --strict --clean
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --clean
 	@echo site/index.html
 
 bench: $(BIN)/.installed

@@ -55,7 +55,7 @@ def speed(results: list[dict[str, Any]], file: str) -> None:
     axis.set_yticks(range(len(cases)), names, fontsize=11)
     axis.invert_yaxis()
     axis.margins(x=0.08)
-    axis.set_xlabel(
+    figure.supxlabel(
         "times as fast as eager diffusers, same machine and run\n"
         "* as our map-writing processor on diffusers' modules, one concept at a time",
         fontsize=12,

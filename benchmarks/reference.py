@@ -164,7 +164,8 @@ def _item(section: str, item: str) -> str:
 def _escaped(text: str) -> str:
     """Marks that Markdown would take for its own, outside code."""
     parts = _CODE.split(text)
-    return "".join(part if part.startswith("`") else re.sub(r"([*_<\[\]])", r"\\\1", part) for part in parts)
+    plain = (re.sub(r"([*_\[\]])", r"\\\1", part).replace("<", "&lt;") for part in parts)
+    return "".join(part if part.startswith("`") else other for part, other in zip(parts, plain, strict=True))
 
 
 def main() -> int:

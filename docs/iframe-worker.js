@@ -6,12 +6,13 @@ if (location.protocol === "file:") {
       const frame = document.body.appendChild(document.createElement("iframe"));
       frame.hidden = true;
       const inside = frame.contentWindow;
+      const base = new URL(url, document.baseURI);
       const load = (source) =>
         new Promise((done, fail) => {
           const script = inside.document.createElement("script");
-          script.src = new URL(source, url).href;
+          script.src = new URL(source, base).href;
           script.onload = done;
-          script.onerror = fail;
+          script.onerror = () => fail(new Error(script.src));
           inside.document.body.appendChild(script);
         });
       inside.postMessage = (data) => {
@@ -21,7 +22,7 @@ if (location.protocol === "file:") {
       };
       inside.importScripts = (...sources) => sources.reduce((before, one) => before.then(() => load(one)), Promise.resolve());
       this.inside = inside;
-      this.ready = load(url);
+      this.ready = load(base.href);
     }
     postMessage(data) {
       this.ready.then(() => this.inside.dispatchEvent(new this.inside.MessageEvent("message", { data })));

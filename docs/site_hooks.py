@@ -1,4 +1,4 @@
-"""What ``make docs`` adds to the pages in ``docs/``: the README as the first page, the root's other pages, result files.
+"""What ``make docs`` adds to ``docs/``: the README as the first page, the root's other pages, and result files.
 
 Links stay as they are right on disk and on a forge (``../benchmarks/results/x.json``), and are turned for the site.
 """

@@ -30,7 +30,7 @@ def test_sections_become_lists() -> None:
         "    ValueError: it is odd."
     )
     shown = (
-        "Draw V\\* of \\<b>.\n\n\n**Arguments**\n\n- `height`, `width`: in `pixels`, both.\n\n\n**Raises**\n\n"
+        "Draw V\\* of &lt;b>.\n\n\n**Arguments**\n\n- `height`, `width`: in `pixels`, both.\n\n\n**Raises**\n\n"
         "- `ValueError`: it is odd.\n"
     )
     assert reference._rendered(doc) == shown
