@@ -1,11 +1,11 @@
-# make demo | test | check | bench | bench-gpu | profile | clean: each sets up .venv by itself.
+# make demo | test | check | docs | bench | bench-gpu | profile | clean: each sets up .venv by itself.
 
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 CONCEPTS := engine/assets/concepts
 
-.PHONY: demo test test-slow sanitize check bench bench-gpu profile clean
+.PHONY: demo test test-slow sanitize check docs bench bench-gpu profile clean
 
 $(BIN)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -44,6 +44,15 @@ check: $(BIN)/.installed
 	$(BIN)/ruff format --check .
 	$(BIN)/pyright
 
+$(BIN)/.docs: $(BIN)/.installed
+	$(BIN)/pip install --quiet --editable '.[docs]'
+	touch $@
+
+docs: $(BIN)/.docs
+	$(BIN)/python -m benchmarks.reference
+	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --clean
+	@echo site/index.html
+
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.run
 
@@ -54,5 +63,5 @@ profile: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.profile_step
 
 clean:
-	rm -rf .venv build dist *.egg-info $(OUT) .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv build dist site *.egg-info $(OUT) .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,6 +1,7 @@
-"""Turn result files into the README's tables: ``python -m benchmarks.report [--check]``.
+"""Turn result files into the tables of the README and of ``docs/``: ``python -m benchmarks.report [--check]``.
 
-The tables stand between ``<!-- results -->`` and ``<!-- /results -->``; ``--check`` only tells if they are current.
+A table stands between ``<!-- results:NAME -->`` and ``<!-- /results:NAME -->``, in whichever page has these marks;
+``--check`` only tells if all are current.
 """
 
 from __future__ import annotations
@@ -9,13 +10,15 @@ import argparse
 import json
 import re
 import sys
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS
 from benchmarks.tinyworld.evaluate import interval
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "studies.md")
 _GPU_TARGETS: dict[str, tuple[float, ...]] = {  # floor, must and goal, where there are any
     "guided_step": (2.03, 5.3, 3.7),
     "infusion_parallel_1": (3.98, 10.0, 6.8),
@@ -27,31 +30,71 @@ _GPU_TARGETS: dict[str, tuple[float, ...]] = {  # floor, must and goal, where th
     "cold_start": (0.0, 0.0, 0.0),
     "concept_switch": (0.0, 0.0, 0.0),
 }
+METHODS = ("infusion", "dci")  # cases whose peer is a processor of ours on diffusers' modules, not diffusers alone
+_SUMMARY = {  # what the README shows: file's case, and its name there
+    "guided_step_full_size": "guided step, 512x512",
+    "vae_decode_full_size": "VAE decode, 512x512",
+    "generate_20": "embedded model, 20 steps, 128x128",
+}
 Rows = dict[tuple[str, str, int], dict[str, dict[str, Any]]]  # records by case, dtype and rows, and by system
-_SECTION = re.compile(r"(?<=<!-- results -->\n).*?(?=<!-- /results -->)", re.DOTALL)
+Results = dict[Path, dict[str, Any]]
+_SECTION = re.compile(r"(<!-- results:(\w+) -->\n).*?(?=<!-- /results:\2 -->)", re.DOTALL)
 
 
-def tables() -> str:
-    """Markdown of every result file, newest first within a machine."""
-    parts = []
+def tables() -> dict[str, str]:
+    """Markdown of the result files by the name of their block; links are relative to the repository's root."""
     results = {path: json.loads(path.read_text()) for path in sorted(RESULTS.glob("*.json"))}
-    for path, result in results.items():
-        kinds = {"records": _speed, "results": _quality, "infusion": _infusion, "dci": _dci}
-        parts.append(next(show(path, result) for name, show in kinds.items() if name in result))
-    return "\n".join([gpu_targets([result for result in results.values() if "records" in result]), *parts])
+
+    def each(kind: str, show: Callable[[Path, dict[str, Any]], str]) -> str:
+        return "\n".join(filter(None, (show(path, result) for path, result in results.items() if kind in result)))
+
+    return {
+        "summary": summary(results),
+        "speed": each("records", _speed),
+        "methods": each("records", _methods),
+        "ops": each("records", _ops),
+        "gpu": gpu_targets([result for result in results.values() if "records" in result]),
+        "tinyworld": each("results", _quality),
+        "infusion": each("infusion", _infusion),
+        "dci": each("dci", _dci),
+    }
+
+
+def summary(results: Results) -> str:
+    """A few times of the newest CPU file that has them, in seconds, the unfavourable ones among them."""
+    timed = [result for result in results.values() if "records" in result and not _is_gpu(result)]
+    timed.sort(key=lambda result: result["machine"].get("date", ""))
+    found: dict[tuple[str, str], dict[str, float]] = {}
+    for result in timed:
+        found |= {
+            (case, dtype): {system: record["median_ms"] / 1000 for system, record in systems.items()}
+            for (case, dtype, _), systems in _rows(result).items()
+            if case in _SUMMARY
+        }
+    lines = [
+        "| seconds, CPU | dtype | twinstream | diffusers | torch.compile | OpenVINO |",
+        "| --- | --- | --- | --- | --- | --- |",
+    ]
+    for case, name in _SUMMARY.items():
+        for dtype in ("float32", "bfloat16"):
+            times = found.get((case, dtype), {})
+            systems = ("twinstream", "diffusers_eager", "diffusers_compile", "openvino")
+            cells = [f"{times[system]:.2f}" if system in times else "not measured" for system in systems]
+            lines.append(f"| {name} | {dtype} | {' | '.join(cells)} |")
+    return "\n".join(lines) + "\n"
 
 
 def gpu_targets(results: list[dict[str, Any]]) -> str:
     """What a GPU is to reach, and what one has, in the newest file that has it."""
     measured: dict[str, float] = {}
     for result in results:
-        if result["machine"].get("device", "cpu") != "cpu":
+        if _is_gpu(result):
             for record in result["records"]:
                 if record["system"] == "twinstream" and record["dtype"] == "float16":
                     measured.setdefault(record["case"], record["median_ms"])
     lines = [
-        "On an H200, float16, 512x512, in ms; floors from the machine's products and copies. `make bench-gpu` measures "
-        "all of it, and the rest of the suite, in under nine minutes.\n",
+        "Targets on an H200, float16, 512x512, in ms a step or a picture; floors are computed from the model's work "
+        "and the card's fastest products and copies.\n",
         "| case | floor | must | goal | measured |",
         "| --- | --- | --- | --- | --- |",
     ]
@@ -61,56 +104,86 @@ def gpu_targets(results: list[dict[str, Any]]) -> str:
     return "\n".join(lines) + "\n"
 
 
-def _speed(path: Path, result: dict[str, Any]) -> str:
-    about = result["machine"]
+def _is_gpu(result: dict[str, Any]) -> bool:
+    return result["machine"].get("device", "cpu") != "cpu"
+
+
+def _rows(result: dict[str, Any]) -> Rows:
     rows: Rows = {}
     for record in result["records"]:
         rows.setdefault((record["case"], record["dtype"], record["rows"]), {})[record["system"]] = record
-    is_gpu = about.get("device", "cpu") != "cpu"
-    where = about["device"] if is_gpu else f"{about['cpu']} ({about['cpu_flags']}), {about['threads']} threads"
-    lines = [
-        f"{where}, torch {about['versions']['torch']}, "
-        f"diffusers {about['versions']['diffusers']}, commit {about['commit'][:9]} "
-        f"([{path.name}](benchmarks/results/{path.name})); median ms (p10 to p90), "
-        "relative error against diffusers in float32, peak memory of a process of its own; diffusers eager, and "
-        "through torch.compile (inductor):\n",
-        "| case | dtype | rows | twinstream | diffusers | ratio | torch.compile | error (diffusers') "
-        "| GB (diffusers') |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    return rows
+
+
+def _measured_on(path: Path, result: dict[str, Any]) -> str:
+    about = result["machine"]
+    cpu = f"{about.get('cpu')} ({about.get('cpu_flags')}), {about.get('threads')} threads"
+    return (
+        f"{about['device'] if _is_gpu(result) else cpu}, torch {about['versions']['torch']}, diffusers "
+        f"{about['versions']['diffusers']}, commit {about['commit'][:9]} "
+        f"([{path.name}](benchmarks/results/{path.name}))"
+    )
+
+
+def _compared(result: dict[str, Any], of_methods: bool) -> list[tuple[tuple[str, str, int], dict[str, dict[str, Any]]]]:
+    return [
+        (key, systems)
+        for key, systems in _rows(result).items()
+        if {"diffusers_eager", "twinstream"} <= set(systems) and key[0].startswith(METHODS) == of_methods
     ]
-    for (case, dtype, n_rows), systems in rows.items():
-        if "diffusers_eager" not in systems or "twinstream" not in systems:
-            continue
+
+
+def _speed(path: Path, result: dict[str, Any]) -> str:
+    lines = [
+        f"{_measured_on(path, result)}; median ms (p10 to p90):\n",
+        "| case | dtype | rows | twinstream | diffusers | ratio | torch.compile | ratio | error (diffusers') "
+        "| GB (diffusers') |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (case, dtype, n_rows), systems in _compared(result, of_methods=False):
         ours, theirs, compiled = systems["twinstream"], systems["diffusers_eager"], systems.get("diffusers_compile")
-        ratio = theirs["median_ms"] / ours["median_ms"]
         memory = [record["peak_memory_bytes"] for record in (ours, theirs)]
         memory = "" if None in memory else f"{memory[0] / 1e9:.1f} ({memory[1] / 1e9:.1f})"
-        errors = [record["rel_error"] for record in (ours, theirs)]
-        error = "" if None in errors else f"{errors[0]:.1e} ({errors[1]:.1e})"
+        others = f"{_time(compiled)} | {_ratio(ours, compiled)}" if compiled else "not measured | "
         lines.append(
-            f"| {case} | {dtype} | {n_rows} | {_time(ours)} | {_time(theirs)} | {ratio:.2f}x | "
-            f"{_time(compiled) if compiled else ''} | {error} | {memory} |"
+            f"| {case} | {dtype} | {n_rows} | {_time(ours)} | {_time(theirs)} | {_ratio(ours, theirs)} | "
+            f"{others} | {_errors(ours, theirs)} | {memory} |"
         )
-    return "\n".join(lines) + "\n" + _ops(rows)
+    return "\n".join(lines) + "\n" if len(lines) > 3 else ""
 
 
-def _ops(rows: Rows) -> str:
+def _methods(path: Path, result: dict[str, Any]) -> str:
+    lines = [
+        f"{_measured_on(path, result)}; median ms (p10 to p90):\n",
+        "| case | dtype | our rows | twinstream | our map-writing processor on diffusers' modules, one concept at a "
+        "time | ratio | error (the processor's) |",
+        "| --- | --- | --- | --- | --- | --- | --- |",
+    ]
+    for (case, dtype, n_rows), systems in _compared(result, of_methods=True):
+        ours, theirs = systems["twinstream"], systems["diffusers_eager"]
+        lines.append(
+            f"| {case} | {dtype} | {n_rows} | {_time(ours)} | {_time(theirs)} | {_ratio(ours, theirs)} | "
+            f"{_errors(ours, theirs)} |"
+        )
+    return "\n".join(lines) + "\n" if len(lines) > 3 else ""
+
+
+def _ops(path: Path, result: dict[str, Any]) -> str:
     """Single ops: what they reach, and which share that is of the machine's fastest product or copy."""
     lines = [
-        "\nSingle ops, two rows at SD v1.5's sizes, beside the machine's ceilings in the same run (a large product, "
-        "a copy):\n",
+        f"{_measured_on(path, result)}; median ms (p10 to p90):\n",
         "| op | dtype | twinstream | eager torch | ratio | reached | share of ceiling | error (torch's) |",
         "| --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
+    rows = _rows(result)
     found = [(key, systems) for key, systems in rows.items() if "torch_eager" in systems]
     for (case, dtype, _), systems in found:
         ours, theirs = systems["twinstream"], systems["torch_eager"]
         ceiling = rows["product" if "flops" in ours else "copy", dtype, 1]["ceiling"]
         (rate, unit), (most, _) = _rate(ours), _rate(ceiling)
         lines.append(
-            f"| {case} | {dtype} | {_time(ours)} | {_time(theirs)} | {theirs['median_ms'] / ours['median_ms']:.2f}x | "
-            f"{rate:.0f} {unit} | {100 * rate / most:.0f} % of {most:.0f} | "
-            f"{ours['rel_error']:.1e} ({theirs['rel_error']:.1e}) |"
+            f"| {case} | {dtype} | {_time(ours)} | {_time(theirs)} | {_ratio(ours, theirs)} | "
+            f"{rate:.0f} {unit} | {100 * rate / most:.0f} % of {most:.0f} | {_errors(ours, theirs)} |"
         )
     return "\n".join(lines) + "\n" if found else ""
 
@@ -121,7 +194,18 @@ def _rate(record: dict[str, Any]) -> tuple[float, str]:
 
 
 def _time(record: dict[str, Any]) -> str:
-    return f"{record['median_ms']:.1f} ({record['p10_ms']:.1f} to {record['p90_ms']:.1f})"
+    digits = 1 if record["median_ms"] < 1000 else 0
+    median, low, high = (f"{record[name]:,.{digits}f}" for name in ("median_ms", "p10_ms", "p90_ms"))
+    return f"{median} ({low} to {high})"
+
+
+def _ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    return f"{theirs['median_ms'] / ours['median_ms']:.2f}x"
+
+
+def _errors(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
+    errors = [record["rel_error"] for record in (ours, theirs)]
+    return "" if None in errors else f"{errors[0]:.1e} ({errors[1]:.1e})"
 
 
 def _quality(path: Path, result: dict[str, Any]) -> str:
@@ -269,15 +353,25 @@ def _pooled(measured: list[dict[str, Any]]) -> str:
     return " | ".join(_share({"share": share, "interval": (low, high)}) for share, low, high in shares)
 
 
+def filled(page: Path) -> str:
+    """The page's text with its blocks as the result files have them."""
+    found, up = tables(), "" if page.parent == ROOT else "../"
+
+    def fill(block: re.Match[str]) -> str:
+        return block.group(1) + "\n" + found[block.group(2)].replace("](benchmarks/", f"]({up}benchmarks/") + "\n"
+
+    return _SECTION.sub(fill, page.read_text())
+
+
 def main() -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
     arguments = parser.parse_args()
-    text = README.read_text()
-    current = _SECTION.sub(lambda _: tables(), text)
+    current = {page: filled(page) for page in PAGES}
     if arguments.check:
-        return int(current != text)
-    README.write_text(current)
+        return int(any(text != page.read_text() for page, text in current.items()))
+    for page, text in current.items():
+        page.write_text(text)
     return 0
 
 

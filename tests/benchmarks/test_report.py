@@ -1,66 +1,116 @@
-"""The README's tables come from the committed result files, and from nothing else."""
+"""The tables of the README and of docs/ come from the committed result files, and from nothing else."""
 
 import json
 from pathlib import Path
+from typing import Any
 
 import pytest
 
 from benchmarks import report
 from benchmarks.choose import faster
 
+_CPU = {
+    "cpu": "Some CPU",
+    "cpu_flags": "AVX2",
+    "threads": 2,
+    "commit": "0123456789abcdef",
+    "versions": {"torch": "2.13.0", "diffusers": "0.42.1"},
+}
+_RECORD: dict[str, Any] = {
+    "case": "guided_step",
+    "dtype": "float32",
+    "rows": 2,
+    "p10_ms": 1.0,
+    "p90_ms": 9.0,
+    "rel_error": 1e-7,
+    "peak_memory_bytes": 2 * 10**9,
+}
 
-def test_readme_is_current() -> None:
-    text = report.README.read_text()
-    assert report._SECTION.sub(lambda _: report.tables(), text) == text, "run python -m benchmarks.report"
 
-
-def test_tables_follow_the_files(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def folder(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     monkeypatch.setattr(report, "RESULTS", tmp_path)
-    assert "| guided_step | 2.03 | 5.3 | 3.7 | not measured |" in report.tables()
-    about = {
-        "cpu": "Some CPU",
-        "cpu_flags": "AVX2",
-        "threads": 2,
-        "commit": "0123456789abcdef",
-        "versions": {"torch": "2.13.0", "diffusers": "0.42.1"},
-    }
-    record = {"case": "guided_step", "dtype": "float32", "rows": 2, "p10_ms": 1.0, "p90_ms": 9.0, "rel_error": 1e-7}
-    record["peak_memory_bytes"] = 2 * 10**9
+    return tmp_path
+
+
+def test_pages_are_current() -> None:
+    for page in report.PAGES:
+        assert report.filled(page) == page.read_text(), f"{page.name}: run python -m benchmarks.report"
+
+
+def test_every_table_stands_in_one_page() -> None:
+    names = [block.group(2) for page in report.PAGES for block in report._SECTION.finditer(page.read_text())]
+    assert sorted(names) == sorted(report.tables())
+
+
+def test_tables_follow_the_files(folder: Path) -> None:
+    assert "| guided_step | 2.03 | 5.3 | 3.7 | not measured |" in report.tables()["gpu"]
+    assert report.tables()["speed"] == ""
     records = [
-        record | {"system": "twinstream", "median_ms": 4.0},
-        record | {"system": "diffusers_eager", "median_ms": 6.0},
-        record | {"case": "geglu", "system": "twinstream", "median_ms": 1.0, "bytes": 5e6},
-        record | {"case": "geglu", "system": "torch_eager", "median_ms": 2.0, "bytes": 5e6},
-        record | {"case": "copy", "rows": 1, "system": "ceiling", "median_ms": 1.0, "bytes": 2e7},
+        _RECORD | {"system": "twinstream", "median_ms": 4.0},
+        _RECORD | {"system": "diffusers_eager", "median_ms": 6.0},
+        _RECORD | {"system": "diffusers_compile", "median_ms": 3.0},
+        _RECORD | {"case": "vae_decode", "system": "twinstream", "median_ms": 1234.5},
+        _RECORD | {"case": "vae_decode", "system": "diffusers_eager", "median_ms": 2469.0},
+        _RECORD | {"case": "geglu", "system": "twinstream", "median_ms": 1.0, "bytes": 5e6},
+        _RECORD | {"case": "geglu", "system": "torch_eager", "median_ms": 2.0, "bytes": 5e6},
+        _RECORD | {"case": "copy", "rows": 1, "system": "ceiling", "median_ms": 1.0, "bytes": 2e7},
     ]
-    (tmp_path / "a.json").write_text(json.dumps({"machine": about, "records": records}))
+    (folder / "a.json").write_text(json.dumps({"machine": _CPU, "records": records}))
     tables = report.tables()
-    assert (
-        "| guided_step | float32 | 2 | 4.0 (1.0 to 9.0) | 6.0 (1.0 to 9.0) | 1.50x |  | 1.0e-07 (1.0e-07) | 2.0 (2.0) |"
-        in tables
-    )
-    assert "| geglu | float32 | 1.0 (1.0 to 9.0) | 2.0 (1.0 to 9.0) | 2.00x | 5 GB/s | 25 % of 20 | 1.0e-07" in tables
-    assert "commit 012345678 " in tables
+    ours_and_theirs = "| 4.0 (1.0 to 9.0) | 6.0 (1.0 to 9.0) | 1.50x | 3.0 (1.0 to 9.0) | 0.75x |"
+    assert f"| guided_step | float32 | 2 {ours_and_theirs} 1.0e-07 (1.0e-07) | 2.0 (2.0) |" in tables["speed"]
+    assert "| vae_decode | float32 | 2 | 1,234 (1 to 9) | 2,469 (1 to 9) | 2.00x | not measured |  |" in tables["speed"]
+    assert "| geglu | float32 | 1.0 (1.0 to 9.0) | 2.0 (1.0 to 9.0) | 2.00x | 5 GB/s | 25 % of 20 |" in tables["ops"]
+    assert "commit 012345678 " in tables["speed"]
+    assert tables["methods"] == ""
 
 
-def test_gpu_figures_come_from_a_gpu(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(report, "RESULTS", tmp_path)
+def test_the_peer_of_the_methods_is_named(folder: Path) -> None:
+    for case in ("infusion_shared", "dci_mixing_step_full_size"):
+        records = [
+            _RECORD | {"case": case, "system": "twinstream", "median_ms": 4.0},
+            _RECORD | {"case": case, "system": "diffusers_eager", "median_ms": 8.0},
+        ]
+        (folder / "a.json").write_text(json.dumps({"machine": _CPU, "records": records}))
+        tables = report.tables()
+        assert tables["speed"] == ""
+        assert f"| {case} | float32 | 2 | 4.0 (1.0 to 9.0) | 8.0 (1.0 to 9.0) | 2.00x |" in tables["methods"]
+        assert "our map-writing processor on diffusers' modules, one concept at a time" in tables["methods"]
+
+
+def test_the_summary_takes_a_case_from_the_newest_cpu_file(folder: Path) -> None:
+    step = _RECORD | {"case": "guided_step_full_size"}
+    files = {
+        "a": [step | {"system": "twinstream", "median_ms": 4000.0}],
+        "b": [
+            step | {"system": "twinstream", "median_ms": 9000.0},
+            step | {"system": "diffusers_eager", "median_ms": 6000.0},
+        ],
+    }
+    for (name, records), date in zip(files.items(), ("2026-11-24", "2026-11-23"), strict=True):
+        about = _CPU | {"device": "cpu", "date": date}
+        (folder / f"{name}.json").write_text(json.dumps({"machine": about, "records": records}))
+    row = "| guided step, 512x512 | float32 | 4.00 | not measured | not measured | not measured |"
+    assert row in report.tables()["summary"]
+
+
+def test_gpu_figures_come_from_a_gpu(folder: Path) -> None:
     about = {"device": "Some GPU", "commit": "0123456789abcdef", "versions": {"torch": "2.13.0", "diffusers": "0.42.1"}}
-    record = {"dtype": "float16", "p10_ms": 1.0, "p90_ms": 9.0, "rel_error": 1e-3, "peak_memory_bytes": None}
+    record = _RECORD | {"dtype": "float16", "peak_memory_bytes": None}
     records = [
-        record | {"case": "guided_step", "rows": rows, "system": system, "median_ms": time}
+        record | {"rows": rows, "system": system, "median_ms": time}
         for rows in (2, 8)
         for system, time in (("twinstream", 4.5 * rows / 2), ("diffusers_eager", 9.0 * rows / 2))
     ]
-    records.append(
-        record | {"case": "cold_start", "rows": 2, "system": "twinstream", "median_ms": 1.0, "rel_error": None}
-    )
-    (tmp_path / "gpu.json").write_text(json.dumps({"machine": about, "records": records}))
+    records.append(record | {"case": "cold_start", "system": "twinstream", "median_ms": 1.0, "rel_error": None})
+    (folder / "gpu.json").write_text(json.dumps({"machine": about, "records": records}))
     tables = report.tables()
-    assert "| guided_step | 2.03 | 5.3 | 3.7 | 4.50 |" in tables
-    assert "| vae_decode | 3.2 | 8 | 5.5 | not measured |" in tables
-    assert "Some GPU, torch 2.13.0" in tables
-    assert "| guided_step | float16 | 8 | 18.0 (1.0 to 9.0) | 36.0 (1.0 to 9.0) | 2.00x |" in tables
+    assert "| guided_step | 2.03 | 5.3 | 3.7 | 4.50 |" in tables["gpu"]
+    assert "| vae_decode | 3.2 | 8 | 5.5 | not measured |" in tables["gpu"]
+    assert "Some GPU, torch 2.13.0" in tables["speed"]
+    assert "| guided_step | float16 | 8 | 18.0 (1.0 to 9.0) | 36.0 (1.0 to 9.0) | 2.00x |" in tables["speed"]
+    assert "4.5" not in tables["summary"]
 
 
 def test_studies_name_every_setting_that_is_not_the_librarys(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
