@@ -29,10 +29,13 @@ demo: $(BIN)/.installed
 	    "a photo of a cat and a backpack in a city" "a photo of a backpack and a cat on a beach"
 
 test: $(BIN)/.installed
-	$(BIN)/python -m pytest
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n 2
 
 test-slow: $(BIN)/.installed
 	$(BIN)/python -m pytest -m slow
+
+mutants: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --count 200 --minutes 25 --file-seconds 150
 
 sanitize: $(BIN)/.installed
 	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" $(BIN)/python setup.py -q build_ext --inplace --force

@@ -1,7 +1,13 @@
 """One map, two values: ``O = P V`` and ``O' = P (V + sum_t e_t r_t^T)`` (Infusion, arXiv:2404.14007, eq. 6 and 7).
 
-For layers that want the base and the customised output side by side, before the output projection. The map is formed
-once and stays on the chip.
+The literal form, for a caller that wants the base and the customised output side by side, before the output projection.
+The map is formed once and stays on the chip.
+
+The engine has no such caller, and this is why: ``to_out`` is linear, so a customised row is the base's output, projected
+once, plus map columns times projected residuals (``cross_attention`` and ``residual_apply``). That takes a product of
+inner size heads times tokens where this form takes ``P V`` and the output projection a second time: at SD v1.5's 64x64
+layers a fortieth of the arithmetic, and one output instead of two to write and read. The tests count it, and hold the
+engine's way against this form.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false

@@ -10,7 +10,7 @@ queries, no softmax and no projection of its own, only this product with an inne
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING
 
 import torch
 from torch import Tensor
@@ -104,27 +104,6 @@ def _residual_apply_fake(
     return torch.empty_like(x)
 
 
-class _ResidualApply(torch.autograd.Function):
-    """Gradients with respect to ``x`` and the residuals; what is followed belongs to the frozen foundation."""
-
-    @staticmethod
-    def forward(ctx: Any, x: Tensor, out: Tensor, columns: Tensor, leaders: Tensor, residuals: Tensor) -> Tensor:
-        ctx.save_for_backward(columns, leaders)
-        return torch.ops.twinstream.residual_apply(x, out, columns, leaders, residuals)
-
-    @staticmethod
-    def backward(ctx: Any, *grads: Tensor) -> tuple[Tensor | None, ...]:
-        columns, leaders = ctx.saved_tensors
-        (grad,) = grads
-        to_residuals = columns[leaders].transpose(1, 2) @ grad if ctx.needs_input_grad[4] else None
-        return grad, None, None, None, to_residuals
-
-
 def residual_apply(x: Tensor, out: Tensor, columns: Tensor, leaders: Tensor, residuals: Tensor) -> Tensor:
-    """Through the dispatcher: Triton on CUDA tensors, the reference on CPU tensors.
-
-    Differentiable in ``x`` and ``residuals``.
-    """
-    if torch.is_grad_enabled() and (x.requires_grad or residuals.requires_grad):
-        return _ResidualApply.apply(x, out, columns, leaders, residuals)
+    """Through the dispatcher: Triton on CUDA tensors, the reference on CPU tensors. No gradient."""
     return torch.ops.twinstream.residual_apply(x, out, columns, leaders, residuals)
