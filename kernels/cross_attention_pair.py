@@ -3,7 +3,7 @@
 The literal form, for a caller that wants the base and the customised output side by side, before the output projection.
 The map is formed once and stays on the chip.
 
-The engine has no such caller, and this is why: ``to_out`` is linear, so a customised row is the base's output, projected
+The engine has no such caller, since ``to_out`` is linear: a customised row is the base's output, projected
 once, plus map columns times projected residuals (``cross_attention`` and ``residual_apply``). That takes a product of
 inner size heads times tokens where this form takes ``P V`` and the output projection a second time: at SD v1.5's 64x64
 layers a fortieth of the arithmetic, and one output instead of two to write and read. The tests count it, and hold the
