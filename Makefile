@@ -14,17 +14,17 @@ $(BIN)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	touch $@
 
 demo: $(BIN)/.installed
-	$(BIN)/twinstream generate --out $(OUT) --grid --seed 7 --steps 30 --guidance-scale 4 \
+	$(BIN)/twinstream generate --out $(OUT) --grid --seed 7 \
 	    "a photo of a red cat on a beach" "a photo of a blue car in the snow" \
 	    "a photo of a green teapot in a room" "a sketch of a purple duck by a river" \
 	    "pixel art of an orange house under the night sky" "a photo of a yellow dog in a meadow" \
 	    "a photo of a white boat on a beach" "a photo of a pink backpack in a forest" \
 	    "a photo of an orange tree in a desert"
-	$(BIN)/twinstream generate --out $(OUT)/infusion --grid --seed 3 --steps 30 --guidance-scale 4 \
+	$(BIN)/twinstream generate --out $(OUT)/infusion --grid --seed 3 \
 	    --concept $(CONCEPTS)/striped-cat.safetensors \
 	    "a photo of a cat on a beach" "a photo of a cat in the snow" \
 	    "a photo of a cat under the night sky" "a photo of a cat in a desert"
-	$(BIN)/twinstream generate --out $(OUT)/two-concepts --grid --seed 5 --steps 30 --guidance-scale 4 \
+	$(BIN)/twinstream generate --out $(OUT)/two-concepts --grid --seed 5 \
 	    --concept $(CONCEPTS)/striped-cat.safetensors --concept $(CONCEPTS)/rainbow-backpack.safetensors \
 	    "a photo of a cat and a backpack in a city" "a photo of a backpack and a cat on a beach"
 

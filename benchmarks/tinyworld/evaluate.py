@@ -191,7 +191,7 @@ def main() -> None:
     parser.add_argument("--model", help="diffusers folder; the embedded model where not given")
     parser.add_argument("--evaluator", type=Path, default=EVALUATOR_PATH, help="weights of the evaluator")
     parser.add_argument("--prompts", type=int, default=200)
-    parser.add_argument("--guidance-scale", type=float, default=4.0)
+    parser.add_argument("--guidance-scale", type=float, default=8.0)
     parser.add_argument("--steps", type=int, default=50)
     parser.add_argument("--sampler", default="ddim")
     parser.add_argument("--seed", type=int, default=0, help="seed of the first picture")
