@@ -38,6 +38,8 @@ def dci_curves(result: dict[str, Any]) -> None:
         for axis, (sweep, label) in zip(row, _SWEEPS.items(), strict=True):
             values = [entry["value"] for entry in records[0][sweep]]
             for i, (what, told) in enumerate(_KINDS.items()):
+                if not all(what in record[sweep][0] for record in records):
+                    continue  # not measured in this set
                 found = [pooled([record[sweep][at] for record in records], what) for at in range(len(values))]
                 shares, lows, highs = 100 * np.array(found).T
                 places = np.array(values) + (i - 1) * 0.008 * (max(values) - min(values))  # intervals side by side

@@ -349,8 +349,14 @@ def pooled(measured: list[dict[str, Any]], what: str) -> tuple[float, float, flo
 
 def _pooled(measured: list[dict[str, Any]]) -> str:
     """Concept, background and object over all concepts."""
-    shares = [pooled(measured, what) for what in ("concept", "background", "object")]
-    return " | ".join(_share({"share": share, "interval": (low, high)}) for share, low, high in shares)
+    cells = []
+    for what in ("concept", "background", "object"):
+        if all(what in one for one in measured):
+            share, low, high = pooled(measured, what)
+            cells.append(_share({"share": share, "interval": (low, high)}))
+        else:
+            cells.append("not measured")
+    return " | ".join(cells)
 
 
 def filled(page: Path) -> str:
