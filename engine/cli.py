@@ -20,6 +20,7 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .engine import Engine
+    from .methods.concept import Concept
     from .result import Result
 
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pillow")
@@ -201,36 +202,51 @@ def _generate(arguments: argparse.Namespace) -> int:
 
 
 def _customization(arguments: argparse.Namespace) -> Any:
+    """What the concepts and the options of the two methods ask for."""
     import engine
 
     concepts = [engine.Concept.load(path) for path in arguments.concept or ()]
+    method = _method(concepts)
+    _check_options_belong(arguments, method)
+    if method == "infusion":
+        return engine.Infusion(concepts, foundation=arguments.foundation)
+    if arguments.dci is not None:
+        return engine.DCI(
+            _named_first(concepts, arguments.dci) or arguments.dci,
+            arguments.auxiliary_noun,
+            strength=arguments.dci_strength,
+            fraction=arguments.dci_fraction,
+        )
+    return engine.ICO(concepts) if concepts else None
+
+
+def _method(concepts: list[Concept]) -> str | None:
+    """The one method of some concepts; None where there are none."""
     methods = sorted({concept.method for concept in concepts})
     if len(methods) > 1:
         raise ValueError(f"concept must be files of one method, got {' and '.join(methods)}")
-    if methods != ["infusion"] and arguments.foundation != "parallel":
+    return methods[0] if methods else None
+
+
+def _check_options_belong(arguments: argparse.Namespace, method: str | None) -> None:
+    """Refuse options of a method that is not asked for."""
+    if method != "infusion" and arguments.foundation != "parallel":
         raise ValueError(f"foundation belongs to Infusion concepts: give --concept too, got {arguments.foundation!r}")
-    if methods == ["infusion"] and arguments.dci is not None:
-        raise ValueError(f"dci needs a noun alone or ICO concepts, got Infusion's {concepts[0].name!r}")
-    two_branches = {"auxiliary_noun": None, "dci_strength": 1.0, "dci_fraction": 0.15}
-    for name, default in two_branches.items():
+    if method == "infusion" and arguments.dci is not None:
+        raise ValueError(f"dci needs a noun alone or ICO concepts, got Infusion's {arguments.concept[0].stem!r}")
+    for name, default in {"auxiliary_noun": None, "dci_strength": 1.0, "dci_fraction": 0.15}.items():
         if arguments.dci is None and getattr(arguments, name) != default:
             option = name.replace("_", "-")
             raise ValueError(f"{option} belongs to two branches: give --dci too, got {getattr(arguments, name)!r}")
-    if methods == ["infusion"]:
-        return engine.Infusion(concepts, foundation=arguments.foundation)
-    if arguments.dci is None:
-        return engine.ICO(concepts) if concepts else None
-    named = [concept for concept in concepts if concept.placeholder == arguments.dci]
+
+
+def _named_first(concepts: list[Concept], placeholder: str) -> list[Concept]:
+    """The concepts with the one that has the two branches in front; none where there are none."""
+    named = [concept for concept in concepts if concept.placeholder == placeholder]
     if concepts and len(named) != 1:
         placeholders = ", ".join(concept.placeholder for concept in concepts)
-        raise ValueError(f"dci must be the placeholder of one of the concepts ({placeholders}), got {arguments.dci!r}")
-    others = [concept for concept in concepts if concept not in named]
-    return engine.DCI(
-        [*named, *others] or arguments.dci,
-        arguments.auxiliary_noun,
-        strength=arguments.dci_strength,
-        fraction=arguments.dci_fraction,
-    )
+        raise ValueError(f"dci must be the placeholder of one of the concepts ({placeholders}), got {placeholder!r}")
+    return [*named, *(concept for concept in concepts if concept not in named)]
 
 
 def _save_grid(out: Result, path: Path) -> Path:

@@ -139,31 +139,38 @@ def _dpmpp_2m(schedule: Schedule, begin: int) -> SamplerTable:
 def _unipc(schedule: Schedule, begin: int) -> SamplerTable:
     """UniPC-2 with B(h) = expm1(h) on x0 predictions (Zhao et al. 2023, arXiv:2302.04867, algorithms 5 to 8)."""
     table = TableWriter(schedule, begin, n_history=3)  # the last corrected x, the last x0, the x0 before it
-    alphas, sigmas = schedule.alphas, schedule.sigmas
-    with np.errstate(divide="ignore"):
-        log_snr = np.log(alphas / sigmas)  # infinite at the end
-    last, x0_last, x0_older = table.slot(1), table.slot(2), table.slot(3)
     total, order = len(schedule.timesteps), 0
     for i in table.steps:
         x0, _ = table.prediction(i)
-        x = table.slot(0)
-        if i > begin:  # correct x with the prediction just made at it
-            h = log_snr[i] - log_snr[i - 1]
-            base = sigmas[i] / sigmas[i - 1] * last - alphas[i] * np.expm1(-h) * x0_last
-            difference, weights = 0.0, np.array([0.5])
-            if order == 2:
-                r = (log_snr[i - 2] - log_snr[i - 1]) / h
-                weights = _unipc_weights(h, r)
-                difference = weights[0] * (x0_older - x0_last) / r
-            x = base - alphas[i] * np.expm1(-h) * (difference + weights[-1] * (x0 - x0_last))
+        x = table.slot(0) if i == begin else _unipc_corrected(table, i, order)
         order = min(2, total - i, i - begin + 1)
-        h = log_snr[i + 1] - log_snr[i]
-        after = sigmas[i + 1] / sigmas[i] * x - alphas[i + 1] * np.expm1(-h) * x0
-        if order == 2:
-            r = (log_snr[i - 1] - log_snr[i]) / h
-            after = after - alphas[i + 1] * np.expm1(-h) * 0.5 * (x0_last - x0) / r
-        table.write(i, [after, x, x0, x0_last])
+        table.write(i, [_unipc_predicted(table, i, order, x), x, x0, table.slot(2)])
     return table.finish()
+
+
+def _unipc_corrected(table: TableWriter, i: int, order: int) -> np.ndarray:
+    """``x`` at level ``i``, which was predicted from the level before, corrected with the x0 found at it."""
+    schedule, (x0, _), last, x0_last, x0_older = table.schedule, table.prediction(i), *map(table.slot, (1, 2, 3))
+    h = schedule.log_snr[i] - schedule.log_snr[i - 1]
+    gain = schedule.alphas[i] * np.expm1(-h)
+    base = schedule.sigmas[i] / schedule.sigmas[i - 1] * last - gain * x0_last
+    if order < 2:
+        return base - gain * 0.5 * (x0 - x0_last)
+    r = (schedule.log_snr[i - 2] - schedule.log_snr[i - 1]) / h
+    older, newer = _unipc_weights(h, r)
+    return base - gain * (older * (x0_older - x0_last) / r + newer * (x0 - x0_last))
+
+
+def _unipc_predicted(table: TableWriter, i: int, order: int, x: np.ndarray) -> np.ndarray:
+    """``x`` at the level after ``i``."""
+    schedule, (x0, _), x0_last = table.schedule, table.prediction(i), table.slot(2)
+    h = schedule.log_snr[i + 1] - schedule.log_snr[i]
+    gain = schedule.alphas[i + 1] * np.expm1(-h)
+    after = schedule.sigmas[i + 1] / schedule.sigmas[i] * x - gain * x0
+    if order < 2:
+        return after
+    r = (schedule.log_snr[i - 1] - schedule.log_snr[i]) / h
+    return after - gain * 0.5 * (x0_last - x0) / r
 
 
 def _unipc_weights(h: float, r: float) -> np.ndarray:

@@ -43,6 +43,12 @@ class Schedule:
     spans_all: bool
     skip_prk_steps: bool
 
+    @property
+    def log_snr(self) -> np.ndarray:
+        """(T + 1,) ``log(alpha / sigma)``; infinite at the end."""
+        with np.errstate(divide="ignore"):
+            return np.log(self.alphas / self.sigmas)
+
     def level(self, timestep: float) -> tuple[float, float]:
         """alpha and sigma at a training timestep, or before the first."""
         bar = self.alphas_cumprod[int(timestep)] if timestep >= 0 else self.end

@@ -147,7 +147,7 @@ def test_studies_name_every_setting_that_is_not_the_librarys(tmp_path: Path, mon
     content = {"settings": settings, "dci": [record | {"settings": name} for name in settings]}
     (tmp_path / "dci.json").write_text(json.dumps(content))
 
-    tables = report.tables()
+    tables = "\n".join(report.tables().values())
     assert "Infusion on tinyworld, **defaults**: every setting as the library has it; 5 reference" in tables
     assert "Infusion on tinyworld, **tuned**: training's learning_rate 0.03, drawing's guidance_scale 4; 5" in tables
     row = "| checkered-teapot | text | parallel | 50 (25 to 75) [50] |"
