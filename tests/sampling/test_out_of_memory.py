@@ -106,3 +106,21 @@ def test_other_errors_pass() -> None:
 
     with pytest.raises(RuntimeError, match="something else"):
         with_retry(fail, lambda: pytest.fail("nothing to free"))
+
+
+def test_rows_that_fit_are_counted_by_what_one_takes(sd: Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    """On a GPU with 1,000 bytes left, of which a row takes 300."""
+    for name in ("empty_cache", "reset_peak_memory_stats"):
+        monkeypatch.setattr(torch.cuda, name, lambda *_: None)
+    monkeypatch.setattr(torch.cuda, "memory_allocated", lambda *_: 1000)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 1300)
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda *_: (1000, 5000))
+    rows = []
+    denoise = sd.unet.denoise
+    monkeypatch.setattr(sd.unet, "denoise", lambda x, condition: rows.append(x.shape) or denoise(x, condition))
+    assert out_of_memory.rows_that_fit(sd.unet, 8, 6) == 3
+    assert rows == [(1, 4, 8, 6)]
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda *_: 1000)
+    assert out_of_memory.rows_that_fit(sd.unet, 8, 6) == 1000  # a step that seems to take nothing divides by 1
+    monkeypatch.setattr(sd.unet, "denoise", _failing(denoise, lambda _call, _x: True))
+    assert out_of_memory.rows_that_fit(sd.unet, 8, 6) == 0
