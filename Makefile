@@ -1,11 +1,11 @@
-# make demo | test | check | docs | bench | bench-gpu | profile | clean: each sets up .venv by itself.
+# make demo | test | check | mutants | docs | bench | bench-gpu | profile | clean: each sets up .venv by itself.
 
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 CONCEPTS := engine/assets/concepts
 
-.PHONY: demo test test-slow sanitize check docs bench bench-gpu profile clean
+.PHONY: demo test test-slow mutants sanitize check docs bench bench-gpu profile clean
 
 $(BIN)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -36,6 +36,7 @@ test-slow: $(BIN)/.installed
 
 mutants: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --count 200 --minutes 25 --file-seconds 150
+	OMP_NUM_THREADS=1 $(BIN)/python -m tests.native_mutants
 
 sanitize: $(BIN)/.installed
 	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" $(BIN)/python setup.py -q build_ext --inplace --force
