@@ -91,6 +91,16 @@ def test_attention(ops: Ops, dtype: torch.dtype, shape: tuple[int, ...]) -> None
     _compare("attention", ops, 3 * q, k, v, H)
 
 
+def test_attention_where_all_logits_are_far_below_zero(ops: Ops, dtype: torch.dtype) -> None:
+    """Below what exp underflows at, so that the maximum itself has to be found."""
+    q, k, v = (_random(1, n, 2 * 8, dtype=dtype) for n in (9, 40, 40))
+    q, k = (50 + q).to(dtype), (-50 + k).to(dtype)
+    assert float(q[0, 0, :8].double() @ k[0, 0, :8].double()) / 8**0.5 < -1000
+    out = ops.attention(q, k, v, 2)
+    assert torch.isfinite(out).all()
+    _compare("attention", ops, q, k, v, 2)
+
+
 def test_attention_to_parts_of_one_projection(ops: Ops, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
     q, k, v = _random(2, 33, 3 * 80, dtype=dtype).chunk(3, dim=-1)
