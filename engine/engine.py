@@ -106,7 +106,7 @@ class Engine:
         _check_finite(finite, table)
         with clock("decode"):
             images = [] if steps.cancelled else self._pictures(request, x[plan.pictures])
-            foundation_images = None if steps.cancelled else self._foundation_pictures(request, plan, x)
+            foundation_images = [] if steps.cancelled else self._foundation_pictures(request, plan, x)
         return Result(
             images=images,
             foundation_images=foundation_images,

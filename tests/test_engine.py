@@ -152,6 +152,19 @@ def test_callback_sees_every_step_and_cancels(small: engine.Engine) -> None:
     assert torch.equal(small.generate("a cat", seed=0, **_FAST).latents, out.latents)
 
 
+def test_a_cancelled_request_has_no_foundation_pictures_either(small: engine.Engine) -> None:
+    infusion = engine.Infusion([random_concept(small)])
+    out = small.generate("a cat", seed=0, customization=infusion, callback=lambda *_: False, **_FAST)
+    assert (out.images, out.foundation_images) == ([], [])
+
+
+def test_pictures_may_be_one_array(small: engine.Engine) -> None:
+    pixels = np.random.default_rng(0).integers(0, 256, (2, 16, 24, 3), dtype=np.uint8)
+    options = {"seed": 0, "images_per_prompt": 2, "strength": 0.5, **_FAST}
+    array, pictures = (small.generate("a cat", image=image, **options) for image in (pixels, list(pixels)))
+    assert torch.equal(array.latents, pictures.latents)
+
+
 def test_a_callback_that_raises_leaves_the_engine_usable(small: engine.Engine) -> None:
     def fail(*_: object) -> None:
         raise KeyError("mine")

@@ -5,7 +5,7 @@ from dataclasses import dataclass
 from PIL import Image
 
 from benchmarks.tinyworld.backgrounds import BACKGROUNDS
-from benchmarks.tinyworld.scene import FACINGS, POSITIONS, Scene, Thing, draw, silhouettes
+from benchmarks.tinyworld.scene import FACINGS, POSITIONS, Scene, Thing, draw
 
 _PLAIN_COLOUR = "blue"
 
@@ -77,15 +77,6 @@ def reference_pictures(name: str) -> list[Image.Image]:
     first, second = CONCEPTS[name].contexts
     pictures = [draw_concept(name, first, facing="right", seed=seed) for seed in (1, 2, 3)]
     return pictures + [draw_concept(name, second, facing="left", seed=seed) for seed in (4, 5)]
-
-
-def reference_masks(name: str) -> list[Image.Image]:
-    """What of each reference picture is the object, or its shadow: white."""
-    concept, masks = CONCEPTS[name], []
-    for seed in (1, 2, 3, 4, 5):
-        thing = Thing(concept.noun, concept.colour, "large", "right" if seed <= 3 else "left", "middle", "", seed)
-        masks.append(Image.fromarray(silhouettes(Scene((thing,), concept.contexts[seed > 3], seed=seed), 128)[0]))
-    return masks
 
 
 def held_out_pictures(name: str) -> list[Image.Image]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import os
 from collections.abc import Callable
 from pathlib import Path
 from typing import TypeVar
@@ -51,7 +50,7 @@ def available_bytes(device: torch.device) -> int | None:
     if device.type == "cuda":
         cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
         return torch.cuda.mem_get_info(device)[0] + cached
-    if device.type != "cpu" or not hasattr(os, "sysconf"):
+    if device.type != "cpu":
         return None
     found = [_cgroup_bytes(), _meminfo_bytes()]
     return min((n for n in found if n is not None), default=None)

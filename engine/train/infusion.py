@@ -37,10 +37,11 @@ TEMPLATES = (
 
 
 def _check_templates(name: str, value: Any) -> tuple[str, ...]:
-    for template in check_texts(name, value):
+    templates = check_texts(name, value)
+    for template in templates:
         if template.count("{}") != 1:
             raise ValueError(f"{name} must be texts with one place {{}} for the noun, got {template!r}")
-    return check_texts(name, value)
+    return templates
 
 
 @dataclass(frozen=True, slots=True, kw_only=True)

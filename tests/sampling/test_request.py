@@ -56,6 +56,8 @@ _PICTURE = Image.new("RGB", (16, 16))
         ({"latents": torch.full((1, 4, 8, 8), torch.nan)}, "latents must be finite"),
         ({"latents": torch.zeros(1, 4, 8, 8), "height": 32}, "latents must have shape (1, 4, 16, 8)"),
         ({"customization": "cat"}, "customization must be an engine.Infusion"),
+        ({"customization": engine.DCI("cat", fraction=0.0), "record_masks": True}, "masked=True, fraction > 0"),
+        ({"customization": engine.DCI("cat", masked=False), "record_masks": True}, "masked=True, fraction > 0"),
         ({"output": "jpeg"}, "output must be one of pil, numpy, latent, got 'jpeg'"),
         ({"callback": 3}, "callback must be callable"),
         ({"progress": 1}, "progress must be True or False, got 1"),

@@ -1,11 +1,13 @@
 """Tokens, spans, truncation and weights."""
 
 import threading
+from pathlib import Path
 
 import pytest
 import torch
 
 import engine
+from engine.text.encoder import TextEncoder
 
 
 def test_tokens_and_spans(small: engine.Engine) -> None:
@@ -81,3 +83,25 @@ def test_threads_share_the_tokenizer(small: engine.Engine) -> None:
     for thread in threads:
         thread.join()
     assert results == {i: small.text_encoder.tokenize("a red cat " * (1 + i)).ids for i in range(4)}
+
+
+@pytest.mark.parametrize(("beyond", "fits"), [(-1, True), (0, False)])
+def test_the_end_token_must_have_an_embedding(small_folder: Path, beyond: int, fits: bool) -> None:
+    """However few tokens the tokenizer counts: its end token may stand behind them."""
+    model = engine.load(small_folder).text_encoder.model
+
+    class Tokenizer:
+        bos_token_id, pad_token_id, eos_token_id = 0, 0, model.config.vocab_size + beyond
+
+        def __len__(self) -> int:
+            return 4
+
+        def __call__(self, _text: str, **_options) -> dict:
+            return {"input_ids": [], "offset_mapping": []}
+
+    encoder = TextEncoder(Tokenizer(), model)
+    if fits:
+        assert encoder.tokenize("").ids[1] == model.config.vocab_size - 1
+    else:
+        with pytest.raises(ValueError, match="the tokenizer's ids must fit the text encoder's"):
+            encoder.tokenize("")
