@@ -133,7 +133,7 @@ def parameter_bytes(*models: torch.nn.Module) -> int:
 
 def default_request(sd: engine.Engine, prompt: str, **changes: Any) -> Request:
     """The request that ``sd.generate(prompt, **changes)`` makes."""
-    return make_request(sd._limits, prompt, Options(**changes))
+    return make_request(sd.limits, prompt, Options(**changes))
 
 
 def _text_widths(sd: engine.Engine) -> dict[str, int]:

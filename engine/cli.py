@@ -1,4 +1,4 @@
-"""The command line: ``twinstream generate | train infusion | train ico | info``."""
+"""The command line: ``twinstream generate | train infusion | train ico | batch | info``."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import check_choice, check_integer
 from .loading import BACKENDS
+from .methods.asked import Asked
 from .options import on_command_line
 from .sampling.arguments import Options
 from .train.ico import ICOOptions
@@ -20,7 +21,6 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .methods.concept import Concept
     from .result import Result
 
 _PACKAGES = ("torch", "triton", "transformers", "safetensors", "numpy", "pillow")
@@ -58,6 +58,13 @@ def _parser() -> argparse.ArgumentParser:
         "--foundation", default="parallel", help="with concepts: parallel (also draws the base picture) or shared"
     )
     generate.add_argument(
+        "--concept-strength",
+        type=float,
+        action="append",
+        metavar="F",
+        help="factor on what Infusion concepts add, one for all or repeated, one per --concept (default: 1)",
+    )
+    generate.add_argument(
         "--dci",
         metavar="NAME",
         help="draw with two branches: the prompt, and another noun in place of this name",
@@ -75,6 +82,8 @@ def _parser() -> argparse.ArgumentParser:
     generate.set_defaults(run=_generate)
 
     _add_train(commands.add_parser("train", help="learn a concept from a few pictures"), model)
+
+    _add_batch(commands.add_parser("batch", parents=[model], help="draw a file of requests into a folder, resumably"))
 
     info = commands.add_parser("info", parents=[model], help="show device, versions and what each op runs on")
     info.set_defaults(run=_info)
@@ -100,6 +109,29 @@ def _add_train(parser: argparse.ArgumentParser, model: argparse.ArgumentParser) 
     _add_options(ico, ICOOptions)
     ico.add_argument("--rank", type=int, help="write the changes as factors of this rank (default: whole)")
     ico.set_defaults(run=_train_ico)
+
+
+def _add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "rows",
+        type=Path,
+        metavar="FILE",
+        help="JSONL, one picture a line: prompt and seed, and what else generate takes (steps, sampler, height ...), "
+        "concepts and their options (concepts, foundation, concept_strength, dci ...), id, latents",
+    )
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (default: 8)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_ray(parser)
+    parser.set_defaults(run=_batch)
+
+
+def _add_ray(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ray", action="store_true", help="draw in actors of Ray, on this machine or a cluster")
+    parser.add_argument("--address", help="with --ray: of a cluster, or auto (default: one is started here)")
+    parser.add_argument("--actors", type=int, help="with --ray: Engines (default: 1)")
+    parser.add_argument("--actor-threads", type=int, metavar="N", help="with --ray: torch's in each (default: 1)")
+    parser.add_argument("--actor-gpus", type=float, metavar="N", help="with --ray: for each (default: 0)")
 
 
 def _add_options(parser: argparse.ArgumentParser, kind: type) -> None:
@@ -150,13 +182,11 @@ _TYPES: dict[str, Any] = {
 def _load(arguments: argparse.Namespace) -> Engine:
     import engine
 
-    return engine.load(
-        arguments.model,
-        device=arguments.device,
-        dtype=arguments.dtype,
-        backend=arguments.backend,
-        config=arguments.config,
-    )
+    return engine.load(**_loading(arguments))
+
+
+def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
+    return {name: getattr(arguments, name) for name in ("model", "device", "dtype", "backend", "config")}
 
 
 def _train_infusion(arguments: argparse.Namespace) -> int:
@@ -201,52 +231,48 @@ def _generate(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def _batch(arguments: argparse.Namespace) -> int:
+    from .serve.bulk import read_rows, run_bulk, write_status
+
+    rows, statuses = read_rows(arguments.rows)
+    for one in run_bulk(rows, arguments.out, _loading(arguments), **_bulk(arguments)):
+        statuses.append(one)
+        if one.status == "error":
+            print(f"{one.key}  {one.error}", file=sys.stderr)
+    counts = {status: sum(one.status == status for one in statuses) for status in ("drawn", "there", "error")}
+    print(f"{write_status(arguments.out, statuses)}  " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+    return 1 if counts["error"] else 0
+
+
+def _bulk(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How rows are drawn: how many at a time, with what progress bar, and where."""
+    from tqdm import tqdm
+
+    names = {"address": "address", "actors": "actors", "actor_threads": "threads", "actor_gpus": "gpus"}
+    ray = {ours: value for name, ours in names.items() if (value := getattr(arguments, name)) is not None}
+    if ray and not arguments.ray:
+        raise ValueError(f"{', '.join(ray)} belongs to Ray: give --ray too, got {list(ray.values())}")
+    for name in ("actors", "threads"):
+        check_integer(name, ray.get(name, 1), 1)
+    return {
+        "batch_size": arguments.batch_size,
+        "ray": ray if arguments.ray else None,
+        "progress": lambda batches, n: tqdm(batches, total=n, disable=arguments.quiet, unit="batch"),
+    }
+
+
 def _customization(arguments: argparse.Namespace) -> Any:
     """What the concepts and the options of the two methods ask for."""
-    import engine
-
-    concepts = [engine.Concept.load(path) for path in arguments.concept or ()]
-    method = _method(concepts)
-    _check_options_belong(arguments, method)
-    if method == "infusion":
-        return engine.Infusion(concepts, foundation=arguments.foundation)
-    if arguments.dci is not None:
-        return engine.DCI(
-            _named_first(concepts, arguments.dci) or arguments.dci,
-            arguments.auxiliary_noun,
-            strength=arguments.dci_strength,
-            fraction=arguments.dci_fraction,
-        )
-    return engine.ICO(concepts) if concepts else None
-
-
-def _method(concepts: list[Concept]) -> str | None:
-    """The one method of some concepts; None where there are none."""
-    methods = sorted({concept.method for concept in concepts})
-    if len(methods) > 1:
-        raise ValueError(f"concept must be files of one method, got {' and '.join(methods)}")
-    return methods[0] if methods else None
-
-
-def _check_options_belong(arguments: argparse.Namespace, method: str | None) -> None:
-    """Refuse options of a method that is not asked for."""
-    if method != "infusion" and arguments.foundation != "parallel":
-        raise ValueError(f"foundation belongs to Infusion concepts: give --concept too, got {arguments.foundation!r}")
-    if method == "infusion" and arguments.dci is not None:
-        raise ValueError(f"dci needs a noun alone or ICO concepts, got Infusion's {arguments.concept[0].stem!r}")
-    for name, default in {"auxiliary_noun": None, "dci_strength": 1.0, "dci_fraction": 0.15}.items():
-        if arguments.dci is None and getattr(arguments, name) != default:
-            option = name.replace("_", "-")
-            raise ValueError(f"{option} belongs to two branches: give --dci too, got {getattr(arguments, name)!r}")
-
-
-def _named_first(concepts: list[Concept], placeholder: str) -> list[Concept]:
-    """The concepts with the one that has the two branches in front; none where there are none."""
-    named = [concept for concept in concepts if concept.placeholder == placeholder]
-    if concepts and len(named) != 1:
-        placeholders = ", ".join(concept.placeholder for concept in concepts)
-        raise ValueError(f"dci must be the placeholder of one of the concepts ({placeholders}), got {placeholder!r}")
-    return [*named, *(concept for concept in concepts if concept not in named)]
+    strengths = arguments.concept_strength or [1.0]
+    return Asked(
+        concepts=arguments.concept or (),
+        foundation=arguments.foundation,
+        concept_strength=strengths[0] if len(strengths) == 1 else strengths,
+        dci=arguments.dci,
+        auxiliary_noun=arguments.auxiliary_noun,
+        dci_strength=arguments.dci_strength,
+        dci_fraction=arguments.dci_fraction,
+    ).make()
 
 
 def _save_grid(out: Result, path: Path) -> Path:

@@ -48,6 +48,7 @@ class Engine:
         text_encoder: tokenizer and CLIP text transformer.
         device, dtype: where the weights are, and their type.
         concepts: what concepts become on this model.
+        limits: what requests it accepts.
         graphs: the CUDA graphs of what ``generate`` has run; None where it runs without.
         name: what the model was loaded from.
     """
@@ -68,7 +69,7 @@ class Engine:
         self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
         self.concepts = ConceptCache(unet)
         self._vae = VAERunner(vae, graphs, self._free)
-        self._limits = ModelLimits(
+        self.limits = ModelLimits(
             factor=vae.config.factor,
             sample_size=unet.config.sample_size,
             latent_channels=unet.config.in_channels,
@@ -91,7 +92,7 @@ class Engine:
             NonFiniteError: the text encoder, the UNet or the VAE produced NaN or infinity.
             OutOfMemoryError: the memory does not hold so many rows of this size; the message says what would fit.
         """
-        request = make_request(self._limits, prompt, make_options(Options, "generate", options))
+        request = make_request(self.limits, prompt, make_options(Options, "generate", options))
         asked = request.options
         table = make_table(asked.sampler, self.schedule, asked.steps, asked.eta, request.begin).to(self.device)
         clock = StageClock(self.device)
@@ -157,7 +158,7 @@ class Engine:
             shortage = error.with_traceback(None)  # which would keep the attempt's tensors
         self._free()
         n_rows = max(len(plan.rows.trajectories) for plan in plans)
-        raise out_of_memory(self.unet, self._limits.factor, len(request.seeds), n_rows, request.size) from shortage
+        raise out_of_memory(self.unet, self.limits.factor, len(request.seeds), n_rows, request.size) from shortage
 
     def _free(self) -> None:
         """Give back what can be rebuilt."""
@@ -186,7 +187,7 @@ class Engine:
 
     def _recorders(self, request: Request) -> tuple[Recorder | None, MaskRecorder | None]:
         options, (height, width) = request.options, request.size
-        size = height // self._limits.factor, width // self._limits.factor
+        size = height // self.limits.factor, width // self.limits.factor
         n_heads = {name: attn2.n_heads for name, attn2 in self.unet.cross_attentions.items()}
         recorder = Recorder(options.attention_words, n_heads, size) if options.attention_words else None
         return recorder, MaskRecorder(list(n_heads), size) if options.record_masks else None

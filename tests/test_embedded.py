@@ -14,7 +14,7 @@ import engine
 from benchmarks.tinyworld.captions import full_prompt
 from benchmarks.tinyworld.data import HELD_OUT_SEED, scene_at, to_tensor
 from benchmarks.tinyworld.evaluate import score
-from benchmarks.tinyworld.evaluator import load_evaluator
+from engine.evaluate.tinyworld import load_evaluator
 from engine.weights.checkpoint import ASSETS, EMBEDDED_MODEL
 from tests.pipelines import relative_error
 

@@ -70,7 +70,9 @@ _ORDER = (
     ("result",),
     ("engine",),
     ("loading",),
-    ("train", "evaluate", "serve"),
+    ("train",),
+    ("serve",),
+    ("evaluate",),
     ("cli",),
 )
 

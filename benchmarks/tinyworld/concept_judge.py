@@ -13,10 +13,10 @@ from torch import Tensor, nn
 from benchmarks.tinyworld.backgrounds import BACKGROUNDS
 from benchmarks.tinyworld.concepts import CONCEPTS, draw_concept
 from benchmarks.tinyworld.data import to_tensor
-from benchmarks.tinyworld.evaluator import NOUNS, SIDE_PX, Evaluator
 from benchmarks.tinyworld.palette import COLOURS
 from benchmarks.tinyworld.scene import FACINGS, POSITIONS, SIZES, Scene, Thing, draw
 from benchmarks.tinyworld.train_evaluator import soften
+from engine.evaluate.tinyworld import NOUNS, SIDE_PX, Evaluator
 
 _DRAWINGS, _HELD_OUT = 1200, 400
 _STEPS, _RATE, _WEIGHT_DECAY = 400, 2e-3, 1e-3

@@ -19,8 +19,8 @@ from torch import Tensor
 from benchmarks.machine import RESULTS, machine, write_result
 from benchmarks.tinyworld.captions import FACING_NOUNS, full_prompt
 from benchmarks.tinyworld.data import HELD_OUT_SEED, pictures_at, scene_at, to_tensor
-from benchmarks.tinyworld.evaluator import EVALUATOR_PATH, Attributes, Evaluator, load_evaluator
 from benchmarks.tinyworld.scene import Scene
+from engine.evaluate.tinyworld import EVALUATOR_PATH, Attributes, Evaluator, load_evaluator
 from engine.observe.sheet import grid
 
 if TYPE_CHECKING:

@@ -19,11 +19,11 @@ from torch import Tensor
 from benchmarks.tinyworld.backgrounds import BACKGROUNDS
 from benchmarks.tinyworld.concepts import CONCEPTS
 from benchmarks.tinyworld.data import to_tensor
-from benchmarks.tinyworld.evaluator import EVALUATOR_PATH, NOUNS, SIDE_PX, Evaluator, load_evaluator
 from benchmarks.tinyworld.palette import COLOURS, PLAIN_COLOURS
 from benchmarks.tinyworld.patterns import PATTERNS
 from benchmarks.tinyworld.scene import FACINGS, POSITIONS, SIZES, Scene, Thing, draw
 from benchmarks.tinyworld.train_evaluator import soften
+from engine.evaluate.tinyworld import EVALUATOR_PATH, NOUNS, SIDE_PX, Evaluator, load_evaluator
 
 _DRAWINGS, _HELD_OUT = 10_000, 600
 _STEPS, _BATCH, _RATE, _WEIGHT_DECAY = 480, 64, 2e-3, 1e-2

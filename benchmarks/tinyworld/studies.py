@@ -19,9 +19,9 @@ from benchmarks.tinyworld.concept_judge import ConceptJudge
 from benchmarks.tinyworld.concepts import CONCEPTS, held_out_pictures
 from benchmarks.tinyworld.data import to_tensor
 from benchmarks.tinyworld.evaluate import interval, reconstruct
-from benchmarks.tinyworld.evaluator import load_evaluator
 from benchmarks.tinyworld.object_judge import ObjectJudge, other_objects
 from benchmarks.tinyworld.scene import Scene, Thing
+from engine.evaluate.tinyworld import load_evaluator
 
 Settings = dict[str, dict[str, Any]]  # of training, drawing and so on, by name
 

@@ -17,7 +17,9 @@ from torch import Tensor
 from benchmarks.tinyworld.captions import FACING_NOUNS, caption, full_prompt
 from benchmarks.tinyworld.data import HELD_OUT_SEED, pictures_at, scene_at
 from benchmarks.tinyworld.evaluate import machine, score
-from benchmarks.tinyworld.evaluator import (
+from benchmarks.tinyworld.scene import Scene
+from benchmarks.tinyworld.training import EMA, Run
+from engine.evaluate.tinyworld import (
     NOUNS,
     PICTURE_CHOICES,
     SIDE_PX,
@@ -28,8 +30,6 @@ from benchmarks.tinyworld.evaluator import (
     save_evaluator,
     tokenize,
 )
-from benchmarks.tinyworld.scene import Scene
-from benchmarks.tinyworld.training import EMA, Run
 
 _IGNORED = -100
 _CONTRASTIVE_WEIGHT = 0.5

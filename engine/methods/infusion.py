@@ -9,7 +9,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from ..checks import check_choice
+from ..checks import check_choice, check_number
 from ..errors import ConceptFileError
 from ..models.transformer import CrossAttention
 from ..models.unet import UNet2DConditionModel
@@ -32,6 +32,7 @@ class Infusion:
         tokens: whether a noun of several tokens is customised at its "last" one or at "all".
         occurrences: for each concept, which occurrence of its noun in the prompt it takes, from 0; None where the
             noun occurs once.
+        strength: a factor on the residuals, one number or one per concept: 0 is the foundation, 1 what was trained.
     """
 
     concepts: Sequence[Concept]
@@ -39,13 +40,26 @@ class Infusion:
     unconditional_maps: str = "foundation"
     tokens: str = "last"
     occurrences: Sequence[int | None] | None = None
+    strength: float | Sequence[float] = 1.0
 
     def settings(self) -> dict[str, Any]:
         """How a result describes it."""
         concepts = [{"name": concept.name, "noun": concept.noun, "space": concept.space} for concept in self.concepts]
         shared = {name: getattr(self, name) for name in ("foundation", "unconditional_maps", "tokens")}
         occurrences = None if self.occurrences is None else list(self.occurrences)
-        return {"method": "infusion", "concepts": concepts, **shared, "occurrences": occurrences}
+        return {
+            "method": "infusion",
+            "concepts": concepts,
+            **shared,
+            "occurrences": occurrences,
+            "strength": list(self.strengths),
+        }
+
+    @property
+    def strengths(self) -> tuple[float, ...]:
+        """One per concept."""
+        given = self.strength
+        return tuple(given) if isinstance(given, list | tuple) else (given,) * len(self.concepts)  # type: ignore[return-value]
 
     def __post_init__(self) -> None:
         concepts = self.concepts
@@ -59,16 +73,20 @@ class Infusion:
         for value in occurrences or ():
             if value is not None and (isinstance(value, bool) or not isinstance(value, int) or value < 0):
                 raise ValueError(f"occurrences must hold integers >= 0 or None, got {value!r}")
+        if len(self.strengths) != len(concepts):
+            raise ValueError(f"strength must be one number or one per concept ({len(concepts)}), got {self.strength!r}")
+        for value in self.strengths:
+            check_number("strength", value, -1e6, 1e6)
 
 
-def token_positions(text: Tokens, infusion: Infusion) -> dict[int, list[Concept]]:
-    """The concepts whose residual acts on a token, by the token's position among the encoder's."""
-    places: dict[int, list[Concept]] = {}
+def token_positions(text: Tokens, infusion: Infusion) -> dict[int, list[tuple[Concept, float]]]:
+    """The concepts whose residual acts on a token, each with its strength, by the token's position in the encoder."""
+    places: dict[int, list[tuple[Concept, float]]] = {}
     occurrences = infusion.occurrences or [None] * len(infusion.concepts)
-    for concept, occurrence in zip(infusion.concepts, occurrences, strict=True):
+    for concept, occurrence, strength in zip(infusion.concepts, occurrences, infusion.strengths, strict=True):
         positions = find_noun(text, concept.noun, occurrence)
         for position in positions if infusion.tokens == "all" else positions[-1:]:
-            places.setdefault(position, []).append(concept)
+            places.setdefault(position, []).append((concept, strength))
     return places
 
 

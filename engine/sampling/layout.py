@@ -17,7 +17,7 @@ from ..methods.infusion import Infusion, token_positions
 from ..text.words import find_noun, find_phrase, word_pattern
 from .request import Request
 
-Residuals = Mapping[int, Sequence[Concept]]  # the concepts whose residual acts on a token, by its position
+Residuals = Mapping[int, Sequence[tuple[Concept, float]]]  # concepts and strengths that act on a token, by its position
 Row = tuple[int, int]  # segment and number within it
 
 PLAIN, CONCEPT, AUXILIARY, FOLLOWER = range(4)  # the segments of a batch, in order

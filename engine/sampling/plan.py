@@ -167,9 +167,9 @@ class _Planner:
         for number, (leader, follower) in enumerate(zip(leaders, self.layout.followers, strict=True)):
             for position, concepts in follower.residuals.items():
                 slot = self.slots[leader].index(position)
-                for concept in concepts:
+                for concept, strength in concepts:
                     for value, residual in zip(values, self.concepts.residuals(concept), strict=True):
-                        value[number, slot] += residual
+                        value[number, slot] += strength * residual
         residuals = tuple(value.flatten(1, 2) for value in values)
         return Following(tokens=self._index(self.slots), leaders=self._index(leaders), residuals=residuals)
 

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 
-import numpy as np
 import torch
 from torch import Tensor
 
 from ..methods.dci import DCI
 from .request import Request
+from .seeds import auxiliary_seed
 from .table import SamplerTable
 from .vae_runner import VAERunner
 
@@ -33,14 +33,6 @@ def start(request: Request, table: SamplerTable, vae: VAERunner, device: torch.d
     else:
         x = table.start_noise * draw()
     return x, [draw() for _ in range(table.noise_draws)]
-
-
-def auxiliary_seed(seed: int) -> int:
-    """The seed of an auxiliary branch's independent noise: mixed, since nearby seeds are those of other images.
-
-    Below 2^32, because torch's CPU generator keeps no more than the low 32 bits of a seed.
-    """
-    return int(np.random.SeedSequence([seed, 1]).generate_state(1, np.uint32)[0])
 
 
 def _drawing(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:

@@ -20,11 +20,12 @@ from ..methods.ico import ICO
 from ..models.conditioning import Batch, Conditioning, TextKV
 from ..observe.sheet import grid
 from ..options import make_options, option, takes
+from ..sampling.seeds import make_generator
 from ..text.encoder import TextEncoder, Tokens
 from .denoising import SAMPLE_SEEDS, SAMPLE_STEPS, Noiser, autocast, differentiable, training_size, weighted_mean
 from .loop import run
 from .options import TrainOptions
-from .pictures import Pictures, make_generator
+from .pictures import Pictures
 
 SCHEMES: dict[str, tuple[int, int, int]] = {  # tokens before the concept, after it, and of it
     "ico": (4, 2, 2),
@@ -132,7 +133,7 @@ class ICOObjective:
         options, text, n_pictures = self.options, self.sd.text_encoder, self.pictures.n_pictures
         n_before, n_after, n_tokens = SCHEMES[options.scheme]
         self.parameters = {
-            "tokens": nn.Parameter(_initial_tokens(text, n_tokens, options.initial_tokens, options.seed)),
+            "tokens": nn.Parameter(initial_tokens(text, n_tokens, options.initial_tokens, options.seed)),
             "before": nn.Parameter(_repeated(text, _PREFIX, n_before).repeat(n_pictures, 1, 1)),
             "after": nn.Parameter(_repeated(text, _SUFFIX, n_after).repeat(n_pictures, 1, 1)),
         }
@@ -230,7 +231,7 @@ def _repeated(text: TextEncoder, words: str, count: int) -> Tensor:
     return _embeddings(text, ([ids[0]] * count + ids)[-count:])
 
 
-def _initial_tokens(text: TextEncoder, count: int, words: str | None, seed: int) -> Tensor:
+def initial_tokens(text: TextEncoder, count: int, words: str | None, seed: int) -> Tensor:
     """(count, E), from words or from distinct rare tokens that end a word."""
     if words is not None:
         tokens = text.tokenize(words) if isinstance(words, str) else None

@@ -19,11 +19,12 @@ from ..methods.infusion import Infusion, project_residual, residual_widths
 from ..models.conditioning import Batch, Conditioning, Following
 from ..observe.sheet import grid
 from ..options import make_options, option, takes
+from ..sampling.seeds import make_generator
 from ..text.words import find_noun
 from .denoising import SAMPLE_SEEDS, SAMPLE_STEPS, Noiser, autocast, differentiable, training_size, weighted_mean
 from .loop import run
 from .options import TrainOptions
-from .pictures import Pictures, make_generator
+from .pictures import Pictures
 
 TEMPLATES = (
     "a photo of a {}",

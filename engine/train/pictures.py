@@ -14,6 +14,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from torch import Tensor
 
 from ..engine import Engine
+from ..sampling.seeds import make_generator
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
 _MAX_PIXELS = 64_000_000
@@ -76,12 +77,6 @@ class Pictures:
             if self.weights is not None:
                 weights.append(self.weights[picture].flip(-1) if mirrored else self.weights[picture])
         return Batch(torch.stack(latents), torch.stack(weights) if weights else None, tuple(pictures))
-
-
-def make_generator(seed: int, *use: int) -> torch.Generator:
-    """Random numbers that depend on nothing but the seed and what they are for, so that a run can stop anywhere."""
-    state = int(np.random.SeedSequence([seed, *use]).generate_state(1, np.uint64)[0])
-    return torch.Generator("cpu").manual_seed(state)
 
 
 def _digest(*tensors: Tensor) -> str:

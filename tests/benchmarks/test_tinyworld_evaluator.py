@@ -9,7 +9,9 @@ from torch import Tensor
 
 from benchmarks.tinyworld.data import HELD_OUT_SEED, pictures_at, scene_at
 from benchmarks.tinyworld.evaluate import PROMPTED, interval, judge, psnr_db, score, summary, table
-from benchmarks.tinyworld.evaluator import (
+from benchmarks.tinyworld.scene import Scene, Thing
+from benchmarks.tinyworld.train_evaluator import losses, soften
+from engine.evaluate.tinyworld import (
     NOUNS,
     PICTURE_CHOICES,
     THING_CHOICES,
@@ -19,8 +21,6 @@ from benchmarks.tinyworld.evaluator import (
     save_evaluator,
     tokenize,
 )
-from benchmarks.tinyworld.scene import Scene, Thing
-from benchmarks.tinyworld.train_evaluator import losses, soften
 
 ONE = Scene((Thing("mug", "green", "small", "left", "right"),), "room", style="sketch")
 TWO = Scene((Thing("cat", "red", "small", "left", "left"), Thing("car", "blue", "small", "right", "right")), "beach")

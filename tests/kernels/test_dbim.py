@@ -98,3 +98,12 @@ def test_operator() -> None:
     arguments = tuple(inputs.values())
     torch.library.opcheck(torch.ops.twinstream.dbim.default, arguments)
     torch.testing.assert_close(dbim(*arguments), dbim_ref(*arguments))
+
+
+def test_sharp_scales_do_not_overflow() -> None:
+    inputs = _inputs((1, 16, 2, 40), torch.float32, preset=((2000.0, 10.0, 500.0), False), size=20.0)
+    gates = inputs.pop("gates")
+    inputs.pop("v")
+    masks = dbim_masks_ref(*(inputs[name] for name in ("q", "k", "chosen", "lengths")), gates, 2, False)
+    assert torch.isfinite(masks).all()
+    assert float(masks.max()) > 0.5

@@ -154,6 +154,7 @@ def test_bad_concepts_are_refused() -> None:
         ({"residuals": {}}, "residuals must map"),
         ({"residuals": {"a": torch.zeros(2, 2)}}, r"must be floating-point vectors, got \(2, 2\) for 'a'"),
         ({"residuals": {"a": [1.0]}}, "got list for 'a'"),
+        ({"residuals": {"a": torch.zeros(0)}}, r"got \(0,\) for 'a'"),
         ({"residuals": {"a": torch.tensor([float("inf")])}}, "must be finite"),
     ):
         with pytest.raises(ValueError, match=message):

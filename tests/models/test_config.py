@@ -92,3 +92,8 @@ def test_schedule_without_a_file_is_sd15s_own() -> None:
 def test_schedule_refusals(change: dict, message: str) -> None:
     with pytest.raises(ValueError, match=message):
         ScheduleConfig.from_dict({**SD_V1_5_SCHEDULER, **change})
+
+
+def test_unet_where_the_file_is_silent_has_diffusers_two_layers_a_block() -> None:
+    silent = {name: value for name, value in SD_V1_5_UNET.items() if name != "layers_per_block"}
+    assert UNetConfig.from_dict(silent).layers_per_block == 2

@@ -9,7 +9,7 @@ from torch import Tensor
 import engine
 from engine.methods.concept_cache import Texts
 from engine.methods.dci import make_branches, replace_phrase
-from engine.sampling.start import auxiliary_seed
+from engine.sampling.seeds import auxiliary_seed
 from engine.text.weighting import parse_weights
 from tests.parity.dci_reference import LiteralDCI, Side
 from tests.pipelines import relative_error, save_pipeline
@@ -260,6 +260,8 @@ def test_the_auxiliary_noun_is_chosen_and_told(small: engine.Engine) -> None:
 def test_bad_settings_are_refused(small: engine.Engine) -> None:
     for arguments, message in (
         ({"concept_or_noun": ""}, "concept_or_noun must be a word"),
+        ({"auxiliary_noun": " "}, "auxiliary_noun must be a word or words, got ' '"),
+        ({"auxiliary_noun": 3}, "auxiliary_noun must be a word or words, got 3"),
         ({"auxiliary_noun": "Cat"}, "auxiliary_noun must differ from the concept's noun"),
         ({"strength": float("nan")}, "strength must be a finite number"),
         ({"strength": []}, "got an empty list"),

@@ -18,6 +18,7 @@ from engine.text.weighting import parse_weights
         (r"a \(cat\) \[x\]", "a (cat) [x]", {}),
         (r"C:\dir", r"C:\dir", {}),
         ("a (cat", "a cat", {"cat": 1.1}),
+        ("a [cat", "a cat", {"cat": 1 / 1.1}),
         ("a cat) here", "a cat) here", {}),
         ("time: 12:30)", "time: 12:30)", {}),
         ("(a:b:1.5)", "a:b", {"a:b": 1.5}),

@@ -130,3 +130,23 @@ def test_a_loss_that_is_not_finite_stops(small: engine.Engine, tmp_path: Path) -
         _train(small, **rates, folder=tmp_path, checkpoint_every=1, sample_every=0)
     state = torch.load(tmp_path / "checkpoint.pt", weights_only=True)
     assert all(torch.isfinite(parameter).all() for parameter in state["parameters"].values())
+
+
+@pytest.mark.parametrize(("scheme", "sizes"), [("ico", (4, 2, 2)), ("dci", (1, 1, 3))])
+def test_schemes_have_the_papers_sizes(small: engine.Engine, scheme: str, sizes: tuple[int, int, int]) -> None:
+    parameters = _objective(small, scheme=scheme).parameters
+    assert (parameters["before"].shape[1], parameters["after"].shape[1], len(parameters["tokens"])) == sizes
+
+
+def test_tokens_start_as_rare_words_of_the_vocabulary(small: engine.Engine) -> None:
+    text = small.text_encoder
+    weight = text.model.get_input_embeddings().weight
+    special = set(text.tokenizer.all_special_ids)
+    names = {i: token for token, i in text.tokenizer.get_vocab().items()}
+    found = set()
+    for seed in range(12):
+        for vector in _objective(small, seed=seed, scheme="dci").parameters["tokens"].detach():
+            (token,) = (weight == vector).all(dim=1).nonzero().flatten().tolist()
+            found.add(token)
+    assert len(found) > 3
+    assert all(names[i].endswith("</w>") and i not in special for i in found)

@@ -197,3 +197,13 @@ def test_losses_go_to_tensorboard_where_it_is_installed(
     assert written == [("loss", line["step"], line["loss"]) for line in logged]
     assert len(written) == 3
     assert closed == [True]
+
+
+def test_a_noun_of_several_tokens_is_trained_at_its_last_or_at_all(small: engine.Engine) -> None:
+    noun = "backpack toy"
+    spans = small.text_encoder.tokenize(f"a photo of a {noun}").spans
+    n_tokens = sum(start >= len("a photo of a") for start, _ in spans)
+    assert n_tokens > 1
+    for tokens, expected in (("last", [len(spans)]), ("all", list(range(len(spans) - n_tokens + 1, len(spans) + 1)))):
+        options = InfusionOptions(templates=("a photo of a {}",), tokens=tokens)
+        assert InfusionObjective(small, _pictures(), noun, options).positions.tolist() == [expected]

@@ -1,8 +1,12 @@
 """The judge of tinyworld pictures: a small network that names what a picture shows and matches pictures with captions.
 
-It is trained on drawings (train_evaluator), measures generated pictures (evaluate), and takes no part in generation.
+It is the embedded model's counterpart of CLIP: trained on drawings alone (``benchmarks.tinyworld.train_evaluator``), it
+measures pictures and takes no part in drawing them.
 """
 
+from __future__ import annotations
+
+import json
 import re
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,27 +18,19 @@ import torch.nn.functional as F
 from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
-from benchmarks.tinyworld.backgrounds import BACKGROUNDS
-from benchmarks.tinyworld.captions import VOCABULARY_WORDS
-from benchmarks.tinyworld.objects import OBJECTS
-from benchmarks.tinyworld.palette import COLOURS
-from benchmarks.tinyworld.scene import FACINGS, POSITIONS, SIZES, STYLES
+from ..weights.checkpoint import ASSETS
 
-NOUNS: tuple[str, ...] = tuple(OBJECTS)
-THING_CHOICES: dict[str, tuple[str, ...]] = {
-    "colour": tuple(COLOURS),
-    "size": SIZES,
-    "facing": FACINGS,
-    "position": POSITIONS,
-}
-PICTURE_CHOICES: dict[str, tuple[str, ...]] = {"background": BACKGROUNDS, "style": STYLES}
+EVALUATOR_PATH = ASSETS / "tinyworld" / "evaluator.safetensors"
+_KNOWN = json.loads(EVALUATOR_PATH.with_suffix(".json").read_text())  # what it was trained to tell apart
+NOUNS: tuple[str, ...] = tuple(_KNOWN["nouns"])
+THING_CHOICES: dict[str, tuple[str, ...]] = {name: tuple(choices) for name, choices in _KNOWN["things"].items()}
+PICTURE_CHOICES: dict[str, tuple[str, ...]] = {name: tuple(choices) for name, choices in _KNOWN["picture"].items()}
 SIDE_PX = 64  # pictures are averaged down to this side
-EVALUATOR_PATH = Path(__file__).parents[2] / "engine" / "assets" / "tinyworld" / "evaluator.safetensors"
 
 _ABSENT = 6.0  # log of 64 places, and then some: an untrained encoder says that most nouns are absent
 _MAX_TOKENS = 32
 _PADDING, _START = 0, 1
-_WORD_IDS = {word: i for i, word in enumerate(VOCABULARY_WORDS, start=2)}
+_WORD_IDS = {word: i for i, word in enumerate(_KNOWN["words"], start=2)}
 
 
 class Logits(NamedTuple):

@@ -1,0 +1,1 @@
+"""Measures of overfitting, fidelity and editability, and runs that take them."""

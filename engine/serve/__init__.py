@@ -1,0 +1,1 @@
+"""Many requests: files of them, drawn in process or on a cluster."""

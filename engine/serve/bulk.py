@@ -1,0 +1,255 @@
+"""Bulk runs: a file of rows to a folder of pictures, in process or on Ray, resumable at every picture.
+
+A row is the arguments of one picture. Its key, the hash of what decides the picture, names its file, so that a rerun
+skips what is there, and a row that is drawn twice after a crash replaces its file by the same one.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+import time
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, fields
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ..checks import check_integer
+from ..files import write_atomically
+from ..loading import load
+from ..methods.asked import Asked, take_asked
+from ..methods.concept import Concept
+from ..options import make_options
+from ..sampling.arguments import Options
+from ..sampling.request import make_request
+
+if TYPE_CHECKING:
+    pass
+
+STATUS_FILE = "status.jsonl"
+_NAMES = ("id", "prompt", "latents")  # of a row, beside what generate and ``Asked`` take
+_OPTIONS = ("negative_prompt", "steps", "guidance_scale", "sampler", "eta", "height", "width", "seed", "weighting")
+
+
+@dataclass(frozen=True, slots=True)
+class Row:
+    """One picture to draw.
+
+    Attributes:
+        key: its file's stem.
+        prompt: what to draw.
+        options: keywords of ``generate``; seed is always there.
+        asked: its customisation.
+        latents: whether the final latents are kept too, as ``<key>.npy``.
+    """
+
+    key: str
+    prompt: str
+    options: Mapping[str, Any]
+    asked: Asked = field(default_factory=Asked)
+    latents: bool = False
+
+    def files(self, folder: Path) -> list[Path]:
+        """What it leaves, the picture last: where that is there, all is."""
+        return [*([folder / f"{self.key}.npy"] if self.latents else []), folder / f"{self.key}.png"]
+
+
+@dataclass(frozen=True, slots=True)
+class Status:
+    """What became of a row.
+
+    Attributes:
+        status: "drawn", "there" (from an earlier run) or "error".
+        sha256: of the picture's file; "" where there is none.
+        error: what was wrong with the row, or "".
+        seconds: a drawn picture's share of its batch's time.
+    """
+
+    key: str
+    status: str
+    sha256: str = ""
+    error: str = ""
+    seconds: float = 0.0
+
+
+def make_row(given: Mapping[str, Any]) -> Row:
+    """A row from JSON: prompt and seed, keywords of ``generate`` and of ``methods.asked.Asked``, and perhaps an id.
+
+    Raises:
+        ValueError: something is missing or unknown; the message names it.
+    """
+    if not isinstance(given, Mapping):
+        raise ValueError(f"a row must be a JSON object, got {given!r}")
+    values = dict(given)
+    prompt, name, latents = values.pop("prompt", None), values.pop("id", None), values.pop("latents", False)
+    if not isinstance(prompt, str):
+        raise ValueError(f"prompt must be a text, got {prompt!r}")
+    if name is not None and not (isinstance(name, str) and name and set(name) <= _SAFE):
+        raise ValueError(f"id must be letters, digits, '-', '_' and '.', not first, got {name!r}")
+    asked = take_asked(values)
+    for one in values:
+        if one not in _OPTIONS:
+            known = sorted({*_NAMES, *_OPTIONS, *(f.name for f in fields(Asked))})
+            raise ValueError(f"a row has no {one!r}; it has {', '.join(known)}")
+    check_integer("seed", values.get("seed"), 0)
+    decides = json.dumps([prompt, values, [getattr(asked, f.name) for f in fields(Asked)]], sort_keys=True, default=str)
+    key = name or hashlib.sha256(decides.encode()).hexdigest()[:20]
+    return Row(key, prompt, values, asked, bool(latents))
+
+
+_SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
+
+
+def read_rows(path: Path) -> tuple[list[Row], list[Status]]:
+    """The rows of a JSONL file, and the status of lines that are none.
+
+    Raises:
+        ValueError: the file cannot be read, or two rows have one key.
+    """
+    rows, wrong = dict[str, Row](), list[Status]()
+    try:
+        lines = path.read_text(encoding="utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise ValueError(f"{path}: must be a readable JSONL file: {error}") from error
+    for number, line in enumerate(lines, start=1):
+        if not line.strip():
+            continue
+        try:
+            row = make_row(json.loads(line))
+        except ValueError as error:  # JSONDecodeError is one
+            wrong.append(Status(f"line-{number}", "error", error=str(error)))
+            continue
+        if row.key in rows:
+            raise ValueError(f"{path}: line {number}: rows must have keys of their own, got {row.key!r} twice")
+        rows[row.key] = row
+    return list(rows.values()), wrong
+
+
+class Painter:
+    """Draws rows into a folder. On Ray it lives in an actor, and only statuses leave it."""
+
+    def __init__(self, folder: str | Path, loading: Mapping[str, Any], threads: int | None = None) -> None:
+        if threads is not None:
+            import torch
+
+            torch.set_num_threads(threads)
+        self.folder, self.sd = Path(folder), load(**loading)
+        self.concept = lru_cache(maxsize=64)(Concept.load)
+
+    def __call__(self, rows: Sequence[Row]) -> list[Status]:
+        """Draw what is not there yet, rows of like options in one call; a row that fails costs the others nothing."""
+        found: dict[str, Status] = {}
+        waiting: dict[str, list[tuple[Row, Any]]] = {}
+        for row in rows:
+            if row.files(self.folder)[-1].exists():
+                found[row.key] = Status(row.key, "there", _hash(row.files(self.folder)[-1].read_bytes()))
+                continue
+            try:
+                custom, shared = row.asked.make(self.concept), _shared(row)
+                self._check(row, custom)
+            except (ValueError, OSError) as error:
+                found[row.key] = Status(row.key, "error", error=str(error))
+            else:
+                waiting.setdefault(json.dumps(shared, sort_keys=True), []).append((row, custom))
+        for group in waiting.values():
+            found |= {status.key: status for status in self._draw(group)}
+        return [found[row.key] for row in rows]
+
+    def _check(self, row: Row, custom: Any) -> None:
+        """Refuse a row alone before it could take others with it."""
+        make_request(
+            self.sd.limits, row.prompt, make_options(Options, "a row", {**row.options, "customization": custom})
+        )
+
+    def _draw(self, group: list[tuple[Row, Any]]) -> list[Status]:
+        try:
+            return self._draw_together(group)
+        except (ValueError, RuntimeError) as error:
+            if len(group) == 1:
+                return [Status(group[0][0].key, "error", error=str(error))]
+        return [status for one in group for status in self._draw([one])]  # which of them it was
+
+    def _draw_together(self, group: list[tuple[Row, Any]]) -> list[Status]:
+        start, rows = time.perf_counter(), [row for row, _ in group]
+        out = self.sd.generate(
+            [row.prompt for row in rows],
+            negative_prompt=[row.options.get("negative_prompt", "") for row in rows],
+            seed=[row.options["seed"] for row in rows],
+            customization=[custom for _, custom in group],
+            progress=False,
+            **_shared(rows[0]),
+        )
+        hashes = []
+        for i, row in enumerate(rows):
+            *others, picture = row.files(self.folder)
+            for path in others:
+                buffer = io.BytesIO()
+                np.save(buffer, out.latents[i].half().cpu().numpy())
+                write_atomically(path, buffer.getvalue())
+            buffer = io.BytesIO()
+            out.images[i].save(buffer, format="PNG", pnginfo=out.png_info(i))
+            write_atomically(picture, buffer.getvalue())
+            hashes.append(_hash(buffer.getvalue()))
+        seconds = round((time.perf_counter() - start) / len(rows), 4)
+        return [Status(row.key, "drawn", one, "", seconds) for row, one in zip(rows, hashes, strict=True)]
+
+
+def run_bulk(
+    rows: Sequence[Row],
+    folder: Path,
+    loading: Mapping[str, Any],
+    *,
+    batch_size: int = 8,
+    progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, _n: batches,
+    ray: Mapping[str, Any] | None = None,
+) -> Iterator[Status]:
+    """Draw rows into ``folder``, statuses as they come.
+
+    Args:
+        rows: with keys of their own; those whose picture is there are not drawn again.
+        folder: made if need be.
+        loading: arguments of ``engine.load``.
+        batch_size: rows at a time; those of like options share a batch of the UNet.
+        progress: wraps the batches, given how many there are.
+        ray: None to draw in this process; else keywords of ``ray_bulk.paint``: address, actors, threads, gpus.
+    """
+    check_integer("batch_size", batch_size, 1)
+    folder.mkdir(parents=True, exist_ok=True)
+    there = [row for row in rows if row.files(folder)[-1].exists()]
+    yield from (Status(row.key, "there", _hash(row.files(folder)[-1].read_bytes())) for row in there)
+    keys = {row.key for row in there}
+    left = [row for row in rows if row.key not in keys]
+    batches = [left[first : first + batch_size] for first in range(0, len(left), batch_size)]
+    if not batches:
+        return
+    if ray is not None:
+        from .ray_bulk import paint
+
+        done: Iterable[list[Status]] = paint(batches, folder, loading, **ray)
+    else:
+        done = map(Painter(folder, loading), batches)
+    for statuses in progress(done, len(batches)):
+        yield from statuses
+
+
+def write_status(folder: Path, statuses: Sequence[Status]) -> Path:
+    """All statuses, a JSON line each, in the order of their keys."""
+    lines = [
+        json.dumps({f.name: getattr(one, f.name) for f in fields(one)})
+        for one in sorted(statuses, key=lambda one: one.key)
+    ]
+    write_atomically(folder / STATUS_FILE, ("\n".join(lines) + "\n").encode())
+    return folder / STATUS_FILE
+
+
+def _shared(row: Row) -> dict[str, Any]:
+    """The options that rows of one call have in common."""
+    return {name: value for name, value in row.options.items() if name not in ("seed", "negative_prompt")}
+
+
+def _hash(data: bytes) -> str:
+    return hashlib.sha256(data).hexdigest()

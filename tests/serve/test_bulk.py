@@ -1,0 +1,165 @@
+"""Bulk runs: resumable, whole or not there, and a bad row costs the others nothing."""
+
+import json
+from pathlib import Path
+
+import numpy as np
+import pytest
+from PIL import Image
+
+import engine
+from engine.cli import main
+from engine.methods.asked import Asked
+from engine.serve import bulk
+from engine.serve.bulk import Painter, Status, make_row, read_rows, run_bulk
+
+QUICK = {"steps": 2, "guidance_scale": 2.0}
+STRIPED = str(Path(engine.__file__).parent / "assets" / "concepts" / "striped-cat.safetensors")
+
+
+def _rows(n: int, **more: object) -> list[bulk.Row]:
+    return [make_row({"prompt": f"a cat {i}", "seed": i, **QUICK, **more}) for i in range(n)]
+
+
+def _write(path: Path, rows: list[object]) -> Path:
+    path.write_text("\n".join(row if isinstance(row, str) else json.dumps(row) for row in rows) + "\n")
+    return path
+
+
+def test_pictures_are_those_of_generate_with_their_settings(tmp_path: Path) -> None:
+    rows = [
+        make_row({"prompt": "a red cat", "seed": 3, "negative_prompt": "blue", **QUICK}),
+        make_row({"prompt": "a photo of a cat", "seed": 4, "concepts": [STRIPED], "concept_strength": 0.5, **QUICK}),
+        make_row({"prompt": "a boat", "seed": 5, "latents": True, "sampler": "euler", **QUICK}),
+    ]
+    statuses = {one.key: one for one in run_bulk(rows, tmp_path, {})}
+    assert [statuses[row.key].status for row in rows] == ["drawn"] * 3
+    sd = engine.load()
+    alone = [
+        sd.generate("a red cat", seed=3, negative_prompt="blue", progress=False, **QUICK),
+        sd.generate(
+            "a photo of a cat",
+            seed=4,
+            customization=engine.Infusion([engine.Concept.load(STRIPED)], strength=0.5),
+            progress=False,
+            **QUICK,
+        ),
+        sd.generate("a boat", seed=5, sampler="euler", progress=False, **QUICK),
+    ]
+    for row, one in zip(rows, alone, strict=True):
+        drawn = np.asarray(Image.open(tmp_path / f"{row.key}.png")).astype(int)
+        assert np.abs(drawn - np.asarray(one.images[0])).max() <= 1  # a batch rounds otherwise
+        assert json.loads(Image.open(tmp_path / f"{row.key}.png").text["twinstream"])["seed"] == row.options["seed"]
+    np.testing.assert_allclose(np.load(tmp_path / f"{rows[2].key}.npy"), alone[2].latents[0], atol=5e-3)
+    assert sorted(path.suffix for path in tmp_path.iterdir()) == [".npy", ".png", ".png", ".png"]
+
+
+def test_a_rerun_draws_what_is_missing(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows = _rows(5)
+    first = list(run_bulk(rows, tmp_path, {}, batch_size=2))
+    (tmp_path / f"{rows[3].key}.png").unlink()
+    seen = []
+    inner = Painter._draw_together
+    monkeypatch.setattr(Painter, "_draw_together", lambda self, group: seen.extend(group) or inner(self, group))
+    again = {one.key: one for one in run_bulk(rows, tmp_path, {}, batch_size=2)}
+    assert [row.key for row, _ in seen] == [rows[3].key]
+    assert [again[row.key].status for row in rows] == ["there", "there", "there", "drawn", "there"]
+    before = {one.key: one.sha256 for one in first}
+    for row in rows[:3] + rows[4:]:
+        assert again[row.key].sha256 == before[row.key]
+
+
+def test_a_run_that_dies_leaves_whole_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    rows, written = _rows(4), []
+
+    def failing(path: Path, data: bytes) -> None:
+        if len(written) == 1:
+            raise KeyboardInterrupt
+        written.append(path)
+        inner(path, data)
+
+    inner = bulk.write_atomically
+    monkeypatch.setattr(bulk, "write_atomically", failing)
+    with pytest.raises(KeyboardInterrupt):
+        list(run_bulk(rows, tmp_path, {}))
+    assert list(tmp_path.iterdir()) == written
+    Image.open(written[0]).load()
+
+
+def test_a_row_that_fails_is_told_and_the_others_are_drawn(tmp_path: Path) -> None:
+    rows = _rows(2)
+    bad = [
+        make_row({"prompt": "a cat", "seed": 1, "steps": 0}),
+        make_row({"prompt": "a boat", "seed": 1, "concepts": [STRIPED], **QUICK}),  # found when rows are laid out
+        make_row({"prompt": "a cat", "seed": 1, "concepts": ["nowhere.safetensors"], **QUICK}),
+        make_row({"prompt": "a cat", "seed": 1, "dci_strength": 2.0, **QUICK}),
+        make_row({"prompt": "a cat", "seed": 1, "height": 100, **QUICK}),
+    ]
+    found = {one.key: one for one in run_bulk([rows[0], *bad, rows[1]], tmp_path, {})}
+    assert [found[row.key].status for row in rows] == ["drawn"] * 2
+    for row, words in zip(bad, ("steps must", "'cat'", "nowhere", "dci-strength", "height must"), strict=True):
+        assert found[row.key].status == "error"
+        assert words in found[row.key].error
+
+
+def test_keys_follow_from_what_decides_the_picture() -> None:
+    row = make_row({"prompt": "a cat", "seed": 1})
+    assert make_row({"seed": 1, "prompt": "a cat"}).key == row.key
+    others = [
+        {"prompt": "a dog", "seed": 1},
+        {"prompt": "a cat", "seed": 2},
+        {"prompt": "a cat", "seed": 1, "steps": 9},
+    ]
+    others.append({"prompt": "a cat", "seed": 1, "concepts": ["a"]})
+    assert len({row.key, *(make_row(other).key for other in others)}) == 5
+    assert make_row({"prompt": "a cat", "seed": 1, "id": "my-cat_1"}).key == "my-cat_1"
+    assert make_row({"prompt": "a", "seed": 1, "dci": "cat"}).asked == Asked(dci="cat")
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ([], "JSON object"),
+        ({"seed": 1}, "prompt must"),
+        ({"prompt": "a"}, "seed must"),
+        ({"prompt": "a", "seed": -1}, "seed must"),
+        ({"prompt": "a", "seed": 1, "callback": 1}, "no 'callback'"),
+        ({"prompt": "a", "seed": 1, "id": "../a"}, "id must"),
+        ({"prompt": "a", "seed": 1, "id": ""}, "id must"),
+    ],
+)
+def test_what_is_no_row_is_refused(row: object, words: str) -> None:
+    with pytest.raises(ValueError, match=words):
+        make_row(row)  # type: ignore[arg-type]
+
+
+def test_lines_that_are_no_rows_are_told_by_number(tmp_path: Path) -> None:
+    rows, wrong = read_rows(_write(tmp_path / "rows", [{"prompt": "a", "seed": 1}, "", "{", {"prompt": 3}]))
+    assert [row.prompt for row in rows] == ["a"]
+    assert [(one.key, one.status) for one in wrong] == [("line-3", "error"), ("line-4", "error")]
+    with pytest.raises(ValueError, match=r"line 2.*twice"):
+        read_rows(_write(tmp_path / "twice", [{"prompt": "a", "seed": 1}] * 2))
+    with pytest.raises(ValueError, match="nowhere"):
+        read_rows(tmp_path / "nowhere")
+
+
+def test_command_writes_pictures_and_statuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    lines = [{"prompt": "a cat", "seed": 1, "id": "one", **QUICK}, {"prompt": "a cat"}]
+    rows, out = _write(tmp_path / "rows.jsonl", lines), tmp_path / "out"
+    assert main(["batch", str(rows), "--out", str(out), "--quiet"]) == 1
+    assert "1 drawn, 0 there, 1 error" in capsys.readouterr().out
+    statuses = [json.loads(line) for line in (out / "status.jsonl").read_text().splitlines()]
+    assert [(one["key"], one["status"]) for one in statuses] == [("line-2", "error"), ("one", "drawn")]
+    assert main(["batch", str(rows), "--out", str(out), "--actors", "2"]) == 1
+    assert "give --ray too" in capsys.readouterr().err
+
+
+def test_ray_draws_the_same_pictures(tmp_path: Path) -> None:
+    pytest.importorskip("ray")
+    rows = [*_rows(3), make_row({"prompt": "a boat", "seed": 1, "concepts": [STRIPED], **QUICK})]
+    here = {one.key: one for one in run_bulk(rows, tmp_path / "here", {}, batch_size=4)}
+    there = {one.key: one for one in run_bulk(rows, tmp_path / "there", {}, batch_size=4, ray={"actors": 1})}
+    assert {k: (v.status, v.sha256, v.error) for k, v in here.items()} == {
+        k: (v.status, v.sha256, v.error) for k, v in there.items()
+    }
+    assert Status("a", "drawn").error == ""
