@@ -1,4 +1,4 @@
-"""The command line: ``twinstream generate | train infusion | train ico | batch | info``."""
+"""The command line: ``twinstream generate | train infusion | train ico | batch | evaluate | toy | info``."""
 
 from __future__ import annotations
 
@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checks import check_choice, check_integer
+from .cli_runs import add_batch, add_evaluate, add_toy, loading_arguments
 from .loading import BACKENDS
 from .methods.asked import Asked
 from .options import on_command_line
@@ -83,7 +84,10 @@ def _parser() -> argparse.ArgumentParser:
 
     _add_train(commands.add_parser("train", help="learn a concept from a few pictures"), model)
 
-    _add_batch(commands.add_parser("batch", parents=[model], help="draw a file of requests into a folder, resumably"))
+    add_batch(commands.add_parser("batch", parents=[model], help="draw a file of requests into a folder, resumably"))
+
+    add_evaluate(commands.add_parser("evaluate", parents=[model], help="measure concepts on a data set's prompts"))
+    add_toy(commands.add_parser("toy", help="the paper's two studies of overfitting, in two dimensions"))
 
     info = commands.add_parser("info", parents=[model], help="show device, versions and what each op runs on")
     info.set_defaults(run=_info)
@@ -109,29 +113,6 @@ def _add_train(parser: argparse.ArgumentParser, model: argparse.ArgumentParser) 
     _add_options(ico, ICOOptions)
     ico.add_argument("--rank", type=int, help="write the changes as factors of this rank (default: whole)")
     ico.set_defaults(run=_train_ico)
-
-
-def _add_batch(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument(
-        "rows",
-        type=Path,
-        metavar="FILE",
-        help="JSONL, one picture a line: prompt and seed, and what else generate takes (steps, sampler, height ...), "
-        "concepts and their options (concepts, foundation, concept_strength, dci ...), id, latents",
-    )
-    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)")
-    parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (default: 8)")
-    parser.add_argument("--quiet", action="store_true", help="no progress bar")
-    _add_ray(parser)
-    parser.set_defaults(run=_batch)
-
-
-def _add_ray(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ray", action="store_true", help="draw in actors of Ray, on this machine or a cluster")
-    parser.add_argument("--address", help="with --ray: of a cluster, or auto (default: one is started here)")
-    parser.add_argument("--actors", type=int, help="with --ray: Engines (default: 1)")
-    parser.add_argument("--actor-threads", type=int, metavar="N", help="with --ray: torch's in each (default: 1)")
-    parser.add_argument("--actor-gpus", type=float, metavar="N", help="with --ray: for each (default: 0)")
 
 
 def _add_options(parser: argparse.ArgumentParser, kind: type) -> None:
@@ -182,11 +163,7 @@ _TYPES: dict[str, Any] = {
 def _load(arguments: argparse.Namespace) -> Engine:
     import engine
 
-    return engine.load(**_loading(arguments))
-
-
-def _loading(arguments: argparse.Namespace) -> dict[str, Any]:
-    return {name: getattr(arguments, name) for name in ("model", "device", "dtype", "backend", "config")}
+    return engine.load(**loading_arguments(arguments))
 
 
 def _train_infusion(arguments: argparse.Namespace) -> int:
@@ -229,36 +206,6 @@ def _generate(arguments: argparse.Namespace) -> int:
         print(_save_grid(out, arguments.out / "grid.png"))
     print("  ".join(f"{stage} {seconds:.2f} s" for stage, seconds in out.timings.items()))
     return 0
-
-
-def _batch(arguments: argparse.Namespace) -> int:
-    from .serve.bulk import read_rows, run_bulk, write_status
-
-    rows, statuses = read_rows(arguments.rows)
-    for one in run_bulk(rows, arguments.out, _loading(arguments), **_bulk(arguments)):
-        statuses.append(one)
-        if one.status == "error":
-            print(f"{one.key}  {one.error}", file=sys.stderr)
-    counts = {status: sum(one.status == status for one in statuses) for status in ("drawn", "there", "error")}
-    print(f"{write_status(arguments.out, statuses)}  " + ", ".join(f"{n} {what}" for what, n in counts.items()))
-    return 1 if counts["error"] else 0
-
-
-def _bulk(arguments: argparse.Namespace) -> dict[str, Any]:
-    """How rows are drawn: how many at a time, with what progress bar, and where."""
-    from tqdm import tqdm
-
-    names = {"address": "address", "actors": "actors", "actor_threads": "threads", "actor_gpus": "gpus"}
-    ray = {ours: value for name, ours in names.items() if (value := getattr(arguments, name)) is not None}
-    if ray and not arguments.ray:
-        raise ValueError(f"{', '.join(ray)} belongs to Ray: give --ray too, got {list(ray.values())}")
-    for name in ("actors", "threads"):
-        check_integer(name, ray.get(name, 1), 1)
-    return {
-        "batch_size": arguments.batch_size,
-        "ray": ray if arguments.ray else None,
-        "progress": lambda batches, n: tqdm(batches, total=n, disable=arguments.quiet, unit="batch"),
-    }
 
 
 def _customization(arguments: argparse.Namespace) -> Any:

@@ -73,6 +73,7 @@ _ORDER = (
     ("train",),
     ("serve",),
     ("evaluate",),
+    ("cli_runs",),
     ("cli",),
 )
 

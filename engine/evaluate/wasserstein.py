@@ -27,7 +27,7 @@ def wasserstein2_squared(one: Tensor, other: Tensor) -> float:
     if one.shape[1:] != other.shape[1:]:
         raise ValueError(f"samples must have one shape, got {tuple(one.shape[1:])} and {tuple(other.shape[1:])}")
     (mean, a), (other_mean, b) = _centred(one), _centred(other)
-    shared = torch.linalg.svdvals(a @ b.T).sum()
+    shared = torch.linalg.svdvals(_triangle(a) @ _triangle(b).T).sum()
     squared = (mean - other_mean).square().sum() + a.square().sum() + b.square().sum() - 2 * shared
     return max(0.0, float(squared))
 
@@ -36,3 +36,8 @@ def _centred(samples: Tensor) -> tuple[Tensor, Tensor]:
     flat = samples.double().flatten(1)
     mean = flat.mean(dim=0)
     return mean, (flat - mean) / (len(flat) - 1) ** 0.5
+
+
+def _triangle(samples: Tensor) -> Tensor:
+    """R of the samples' QR decomposition where they are more than dimensions: Q changes no singular value."""
+    return samples if len(samples) <= samples.shape[1] else torch.linalg.qr(samples).R

@@ -30,6 +30,7 @@ from ..sampling.request import make_request
 if TYPE_CHECKING:
     pass
 
+Paint = Callable[[Sequence[Sequence["Row"]], Path, Mapping[str, Any]], Iterable[list["Status"]]]
 STATUS_FILE = "status.jsonl"
 _NAMES = ("id", "prompt", "latents")  # of a row, beside what generate and ``Asked`` take
 _OPTIONS = ("negative_prompt", "steps", "guidance_scale", "sampler", "eta", "height", "width", "seed", "weighting")
@@ -205,7 +206,7 @@ def run_bulk(
     *,
     batch_size: int = 8,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, _n: batches,
-    ray: Mapping[str, Any] | None = None,
+    paint: Paint | None = None,
 ) -> Iterator[Status]:
     """Draw rows into ``folder``, statuses as they come.
 
@@ -215,7 +216,8 @@ def run_bulk(
         loading: arguments of ``engine.load``.
         batch_size: rows at a time; those of like options share a batch of the UNet.
         progress: wraps the batches, given how many there are.
-        ray: None to draw in this process; else keywords of ``ray_bulk.paint``: address, actors, threads, gpus.
+        paint: ``paint(batches, folder, loading)`` draws elsewhere, as ``ray_bulk.paint`` does, and gives statuses batch
+            by batch; None to draw in this process.
     """
     check_integer("batch_size", batch_size, 1)
     folder.mkdir(parents=True, exist_ok=True)
@@ -226,12 +228,7 @@ def run_bulk(
     batches = [left[first : first + batch_size] for first in range(0, len(left), batch_size)]
     if not batches:
         return
-    if ray is not None:
-        from .ray_bulk import paint
-
-        done: Iterable[list[Status]] = paint(batches, folder, loading, **ray)
-    else:
-        done = map(Painter(folder, loading), batches)
+    done = map(Painter(folder, loading), batches) if paint is None else paint(batches, folder, loading)
     for statuses in progress(done, len(batches)):
         yield from statuses
 

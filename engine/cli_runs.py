@@ -1,0 +1,143 @@
+"""The commands of long runs: ``twinstream batch | evaluate | toy``."""
+
+from __future__ import annotations
+
+import argparse
+import json
+import sys
+from dataclasses import replace
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from .checks import check_choice, check_integer
+
+
+def add_batch(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "rows",
+        type=Path,
+        metavar="FILE",
+        help="JSONL, one picture a line: prompt and seed, and what else generate takes (steps, sampler, height ...), "
+        "concepts and their options (concepts, foundation, concept_strength, dci ...), id, latents",
+    )
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)")
+    parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (default: 8)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_ray(parser)
+    parser.set_defaults(run=_batch)
+
+
+def add_evaluate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--concept", type=Path, action="append", required=True, metavar="FILE", help="may be repeated")
+    parser.add_argument("--dataset", type=Path, required=True, help="folder in DreamBench's layout")
+    parser.add_argument(
+        "--subject", action="append", metavar="NAME", help="of each concept, if it is not its file's stem"
+    )
+    parser.add_argument("--clip", metavar="MODEL", help="CLIP of transformers (default: the embedded model's encoder)")
+    parser.add_argument("--dino", metavar="MODEL", help="ViT or DINOv2 of transformers (default: not measured)")
+    parser.add_argument("--protocol", default="infusion", help="infusion: 20 prompts x 50 pictures; dci: 25 x 4")
+    parser.add_argument("--images-per-prompt", type=int, metavar="N", help="other than the protocol's")
+    parser.add_argument(
+        "--prompts", type=int, metavar="N", help="other than the protocol's, the first of the subject's"
+    )
+    parser.add_argument("--steps", type=int, help="other than the protocol's 50")
+    parser.add_argument("--strength", type=float, action="append", help="of the concept; repeatable (default: 1)")
+    parser.add_argument(
+        "--out", type=Path, default=Path("report"), help="folder for pictures and page (default: report)"
+    )
+    parser.add_argument("--batch-size", type=int, default=8, help="pictures at a time (default: 8)")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    _add_ray(parser)
+    parser.set_defaults(run=_evaluate)
+
+
+def add_toy(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("kind", help="agnostic: of four concepts one is tuned; specific: of 25 modes of one, five are")
+    parser.add_argument("--steps", type=int, default=3000, help="of the base's training (default: 3000)")
+    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--out", type=Path, default=Path("out"), help="folder for figure and measures (default: out)")
+    parser.set_defaults(run=_toy)
+
+
+def _add_ray(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--ray", action="store_true", help="draw in actors of Ray, on this machine or a cluster")
+    parser.add_argument("--address", help="with --ray: of a cluster, or auto (default: one is started here)")
+    parser.add_argument("--actors", type=int, help="with --ray: Engines (default: 1)")
+    parser.add_argument("--actor-threads", type=int, metavar="N", help="with --ray: torch's in each (default: 1)")
+    parser.add_argument("--actor-gpus", type=float, metavar="N", help="with --ray: for each (default: 0)")
+
+
+def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
+    """The arguments of ``engine.load``."""
+    return {name: getattr(arguments, name) for name in ("model", "device", "dtype", "backend", "config")}
+
+
+def _batch(arguments: argparse.Namespace) -> int:
+    from .serve.bulk import read_rows, run_bulk, write_status
+
+    rows, statuses = read_rows(arguments.rows)
+    for one in run_bulk(rows, arguments.out, loading_arguments(arguments), **_bulk(arguments)):
+        statuses.append(one)
+        if one.status == "error":
+            print(f"{one.key}  {one.error}", file=sys.stderr)
+    counts = {status: sum(one.status == status for one in statuses) for status in ("drawn", "there", "error")}
+    print(f"{write_status(arguments.out, statuses)}  " + ", ".join(f"{n} {what}" for what, n in counts.items()))
+    return 1 if counts["error"] else 0
+
+
+def _evaluate(arguments: argparse.Namespace) -> int:
+    from .evaluate.dreambench import read_dataset
+    from .evaluate.encoders import CLIP, DINO, Tinyworld
+    from .evaluate.evaluation import PROTOCOLS, evaluate, match, write_record
+    from .evaluate.report import write_report
+
+    protocol = PROTOCOLS[check_choice("protocol", arguments.protocol, tuple(PROTOCOLS))]
+    for name, field in (("prompts", "n_prompts"), ("images_per_prompt", "n_images")):
+        if (value := getattr(arguments, name)) is not None:
+            protocol = replace(protocol, **{field: check_integer(name, value, 1)})
+    if arguments.steps is not None:
+        protocol = replace(protocol, drawing={**protocol.drawing, "steps": check_integer("steps", arguments.steps, 1)})
+    concepts = match(arguments.concept, read_dataset(arguments.dataset), arguments.subject or ())
+    clip = Tinyworld() if arguments.clip is None else CLIP(arguments.clip)
+    dino = None if arguments.dino is None else DINO(arguments.dino)
+    strengths = tuple(arguments.strength or [1.0])
+    more = _bulk(arguments)
+    arguments.out.mkdir(parents=True, exist_ok=True)
+    result = evaluate(concepts, loading_arguments(arguments), arguments.out, protocol, clip, dino, strengths, **more)
+    print(write_record(result, arguments.out))
+    print(write_report(result, arguments.out))
+    return 0
+
+
+def _toy(arguments: argparse.Namespace) -> int:
+    from .evaluate.toy import table, write_study
+
+    check_integer("seed", arguments.seed, 0)
+    result, path = write_study(arguments.kind, arguments.out, steps=arguments.steps, seed=arguments.seed)
+    path.with_suffix(".json").write_text(json.dumps(result, indent=1) + "\n")
+    print(table(result))
+    print(path)
+    return 0
+
+
+def _bulk(arguments: argparse.Namespace) -> dict[str, Any]:
+    """How rows are drawn: how many at a time, with what progress bar, and where."""
+    from tqdm import tqdm
+
+    names = {"address": "address", "actors": "actors", "actor_threads": "threads", "actor_gpus": "gpus"}
+    ray = {ours: value for name, ours in names.items() if (value := getattr(arguments, name)) is not None}
+    if ray and not arguments.ray:
+        raise ValueError(f"{', '.join(ray)} belongs to Ray: give --ray too, got {list(ray.values())}")
+    for name in ("actors", "threads"):
+        check_integer(name, ray.get(name, 1), 1)
+    paint = None
+    if arguments.ray:
+        from .serve.ray_bulk import paint as paint_on_ray
+
+        paint = partial(paint_on_ray, **ray)
+    return {
+        "batch_size": arguments.batch_size,
+        "paint": paint,
+        "progress": lambda batches, n: tqdm(batches, total=n, disable=arguments.quiet, unit="batch"),
+    }
