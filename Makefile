@@ -1,11 +1,11 @@
-# make demo | test | check | mutants | docs | bench | bench-gpu | profile | clean: each sets up .venv by itself.
+# make demo | test | check | mutants | docs | study-small | bench | bench-gpu | profile | clean: each sets up .venv by itself.
 
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 CONCEPTS := engine/assets/concepts
 
-.PHONY: demo test test-slow mutants sanitize check docs bench bench-gpu profile clean
+.PHONY: demo test test-slow mutants sanitize check docs study-small bench bench-gpu profile clean
 
 $(BIN)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -56,6 +56,10 @@ docs: $(BIN)/.docs
 	$(BIN)/python -m benchmarks.reference
 	NO_MKDOCS_2_WARNING=1 $(BIN)/mkdocs build --quiet --strict --clean
 	@echo site/index.html
+
+study-small: $(BIN)/.installed
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.tinyworld.study --concepts striped-cat --checkpoints 100 250 --seeds 1 \
+	    --rates "$$(ls benchmarks/results/study-*.json | tail -1)" --out $(OUT)/study-small --result $(OUT)/study-small.json
 
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.run

@@ -116,9 +116,13 @@ class Task:
         return f"{self.concept}-{self.method.replace(':', '-')}-{self.rate:g}-{max(self.checkpoints)}-{self.seeds}"
 
 
+def record_path(task: Task, folder: Path) -> Path:
+    return folder / "records" / f"{task.name}.json"
+
+
 def run(task: Task, folder: Path) -> list[dict[str, Any]]:
     """Train and measure; from ``folder`` where that has been done."""
-    path = folder / "records" / f"{task.name}.json"
+    path = record_path(task, folder)
     if path.exists():
         return json.loads(path.read_text())
     bench = _bench(task.concept, task.seeds, folder)
@@ -229,6 +233,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=4, help="pictures per prompt")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each")
     parser.add_argument("--rates", type=Path, help="an earlier study whose learning rates to take, not tuning anew")
+    parser.add_argument("--add-to", type=Path, help="an earlier study whose rates and records to keep")
     parser.add_argument(
         "--out", type=Path, default=Path("out/study"), help="folder for what is done, sheets and judges"
     )
@@ -236,10 +241,11 @@ def main() -> None:
     arguments = parser.parse_args()
     start = time.perf_counter()
     judges = look_judge(arguments.out)  # trained once, before there are several processes
-    if arguments.rates is None:
+    before = arguments.add_to or arguments.rates
+    if before is None:
         tuning = run_all(tuning_tasks(arguments.methods), arguments.out, arguments.jobs)
     else:
-        tuning = json.loads(arguments.rates.read_text())["tuning"]
+        tuning = json.loads(before.read_text())["tuning"]
     rates, checkpoints = chosen_rates(tuning), tuple(arguments.checkpoints)
     tasks = [Task("base", concept, 0.0, (0,), arguments.seeds) for concept in arguments.concepts]
     tasks += [
@@ -247,7 +253,14 @@ def main() -> None:
         for concept in arguments.concepts
         for method in arguments.methods
     ]
+    if arguments.collect:
+        tasks = [task for task in tasks if record_path(task, arguments.out).exists()]
     records = run_all(tasks, arguments.out, arguments.jobs)
+    if arguments.add_to is not None:
+        known = {(record["trained_as"], record["concept_name"]) for record in records}
+        earlier = json.loads(arguments.add_to.read_text())["records"]
+        kept = [one for one in earlier if (one["trained_as"], one["concept_name"]) not in known]
+        records = [*kept, *records]
     settings = {
         "drawing": DRAWING,
         "batch_size": BATCH_SIZE,

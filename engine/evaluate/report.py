@@ -12,9 +12,11 @@ from PIL import Image, ImageOps
 from ..observe.sheet import grid
 
 _STYLE = """
-body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 64rem; padding: 0 1rem; color: #222 }
-table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .35rem .8rem; border-bottom: 1px solid #ddd }
-th { text-align: left } td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
+body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }
+table { border-collapse: collapse; margin: 1rem 0 } td, th { padding: .35rem .6rem; border-bottom: 1px solid #ddd }
+th { text-align: left }
+.wide table { font-size: 14px } .wide td { white-space: nowrap }
+td.number { text-align: right; white-space: nowrap; font-variant-numeric: tabular-nums }
 small { color: #666 } img { max-width: 100%; } .wide { overflow-x: auto }
 figure { margin: 1rem 0 }
 svg text { font: 12px system-ui, sans-serif; fill: #444 }
@@ -129,10 +131,10 @@ def _curves(records: Sequence[Mapping[str, Any]]) -> str:
         line = " ".join(f"{x},{y}" for _, (x, y) in own)
         marks.append(f"<polyline points='{line}' fill='none' stroke='{colour}' stroke-width='2'/>")
         for record, (x, y) in own:
-            label = f"{record['concept']} {record['strength']:g}"
-            marks.append(
-                f"<circle cx='{x}' cy='{y}' r='5' fill='{colour}'/><text x='{x + 8}' y='{y - 6}'>{escape(label)}</text>"
-            )
+            label, is_right = f"{record['concept']} {record['strength']:g}", x > 0.7 * width
+            across, anchor = (x - 8, "end") if is_right else (x + 8, "start")
+            marks.append(f"<circle cx='{x}' cy='{y}' r='5' fill='{colour}'/>")
+            marks.append(f"<text x='{across}' y='{y - 6}' text-anchor='{anchor}'>{escape(label)}</text>")
     ends = [(x_low, y_low), (x_high, y_low), (x_low, y_high)]
     (left, bottom), (right, _), (_, top) = (place(*end) for end in ends)
     marks.append(f"<path d='M{left},{top}V{bottom}H{right}' fill='none' stroke='#888'/>")

@@ -2,6 +2,7 @@
 
 import json
 import shutil
+import subprocess
 from pathlib import Path
 
 import numpy as np
@@ -114,6 +115,12 @@ def test_infusion_from_files_to_a_page(
     assert page.count("<img src='grid-my_cat-infusion-") == 2
     with Image.open(tmp_path / "grid-my_cat-infusion-1.png") as grid:
         assert grid.width > grid.height > 0
+    if (chromium := shutil.which("chromium")) is not None:
+        shot = tmp_path / "shot.png"
+        flags = ["--headless", "--no-sandbox", "--disable-gpu", f"--screenshot={shot}", "--window-size=1100,3000"]
+        subprocess.run([chromium, *flags, (tmp_path / "index.html").as_uri()], check=True, capture_output=True)
+        with Image.open(shot) as rendered:  # text, curves and both grids, none of them broken or empty
+            assert len(rendered.convert("RGB").getcolors(2**24)) > 10_000
     drawn = {path.stat().st_mtime_ns for path in (tmp_path / "pictures").glob("*.png")}
     assert len(drawn) == 4 * 4
     assert _run(small_folder, dataset, concepts[0], tmp_path, *options) == 0
