@@ -45,7 +45,7 @@ def newest() -> Path:
 def page(path: Path) -> str:
     """The page as Markdown."""
     result = json.loads(path.read_text())
-    settings, records = result["settings"], result["records"]
+    settings, records = result["settings"], result["study"]
     concepts = list(dict.fromkeys(record["concept_name"] for record in records))
     last = max(record["steps"] for record in records)
     trained = [record for record in records if record["steps"]]
@@ -189,7 +189,7 @@ def draw(path: Path) -> None:
     """Context over likeness, a line through each method's checkpoints (compare DCI, figure 6)."""
     import matplotlib.pyplot as plt  # pyright: ignore[reportMissingImports]
 
-    records = [record for record in json.loads(path.read_text())["records"] if record["steps"]]
+    records = [record for record in json.loads(path.read_text())["study"] if record["steps"]]
     figure, axes = plt.subplots(1, 2, figsize=(13, 5.6), layout="constrained")
     for axis, (across, down), labels in (
         (axes[0], ("likeness", "context"), ("likeness to the concept", "the prompt's context is right")),

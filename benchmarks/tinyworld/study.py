@@ -258,7 +258,7 @@ def main() -> None:
     records = run_all(tasks, arguments.out, arguments.jobs)
     if arguments.add_to is not None:
         known = {(record["trained_as"], record["concept_name"]) for record in records}
-        earlier = json.loads(arguments.add_to.read_text())["records"]
+        earlier = json.loads(arguments.add_to.read_text())["study"]
         kept = [one for one in earlier if (one["trained_as"], one["concept_name"]) not in known]
         records = [*kept, *records]
     settings = {
@@ -272,7 +272,7 @@ def main() -> None:
         "judge_accuracy": judges.accuracy,
         "wall_seconds": round(time.perf_counter() - start),
     }
-    write_result(arguments.result, machine(), {"settings": settings, "tuning": tuning, "records": records})
+    write_result(arguments.result, machine(), {"settings": settings, "tuning": tuning, "study": records})
 
 
 if __name__ == "__main__":

@@ -14,7 +14,7 @@ import engine
 from engine.cli import main
 from engine.evaluate.dreambench import fill, read_dataset
 from engine.evaluate.encoders import CLIP, DINO, Tinyworld
-from engine.evaluate.evaluation import match
+from engine.evaluate.evaluation import PROTOCOLS, match
 from engine.methods.concept import Change
 from engine.methods.infusion import residual_widths
 
@@ -214,3 +214,10 @@ def test_the_embedded_encoder_finds_a_pictures_own_prompt(small: engine.Engine) 
     encoder = Tinyworld()
     similarity = encoder.pictures(images) @ encoder.texts(prompts).T
     assert (similarity.diagonal() > similarity.flip(0).diagonal()).all()
+
+
+def test_protocols_are_the_papers() -> None:
+    infusion, dci = PROTOCOLS["infusion"], PROTOCOLS["dci"]
+    assert (infusion.n_prompts, infusion.n_images, infusion.dci) == (20, 50, False)
+    assert (dci.n_prompts, dci.n_images, dci.dci) == (25, 4, True)
+    assert infusion.drawing == dci.drawing == {"sampler": "ddim", "steps": 50, "guidance_scale": 8.0}

@@ -147,7 +147,10 @@ def test_command_writes_pictures_and_statuses(tmp_path: Path, capsys: pytest.Cap
     lines = [{"prompt": "a cat", "seed": 1, "id": "one", **QUICK}, {"prompt": "a cat"}]
     rows, out = _write(tmp_path / "rows.jsonl", lines), tmp_path / "out"
     assert main(["batch", str(rows), "--out", str(out), "--quiet"]) == 1
-    assert "1 drawn, 0 there, 1 error" in capsys.readouterr().out
+    said = capsys.readouterr()
+    assert "1 drawn, 0 there, 1 error" in said.out
+    assert "step/s" not in said.err
+    assert "2/2" not in said.err
     statuses = [json.loads(line) for line in (out / "status.jsonl").read_text().splitlines()]
     assert [(one["key"], one["status"]) for one in statuses] == [("line-2", "error"), ("one", "drawn")]
     assert main(["batch", str(rows), "--out", str(out), "--actors", "2"]) == 1

@@ -150,3 +150,9 @@ def test_tokens_start_as_rare_words_of_the_vocabulary(small: engine.Engine) -> N
             found.add(token)
     assert len(found) > 3
     assert all(names[i].endswith("</w>") and i not in special for i in found)
+
+
+def test_defaults_are_the_papers() -> None:
+    options = ICOOptions()
+    assert (options.steps, options.batch_size, options.accumulation_steps) == (900, 6, 1)
+    assert (options.learning_rate, options.context_learning_rate, options.prior_weight) == (6e-5, 6e-4, 1.0)

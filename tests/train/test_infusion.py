@@ -207,3 +207,8 @@ def test_a_noun_of_several_tokens_is_trained_at_its_last_or_at_all(small: engine
     for tokens, expected in (("last", [len(spans)]), ("all", list(range(len(spans) - n_tokens + 1, len(spans) + 1)))):
         options = InfusionOptions(templates=("a photo of a {}",), tokens=tokens)
         assert InfusionObjective(small, _pictures(), noun, options).positions.tolist() == [expected]
+
+
+def test_defaults_are_the_papers() -> None:
+    options = InfusionOptions()
+    assert (options.steps, options.batch_size, options.learning_rate, options.space) == (500, 4, 0.01, "text")
