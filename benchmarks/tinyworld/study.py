@@ -116,13 +116,9 @@ class Task:
         return f"{self.concept}-{self.method.replace(':', '-')}-{self.rate:g}-{max(self.checkpoints)}-{self.seeds}"
 
 
-def record_path(task: Task, folder: Path) -> Path:
-    return folder / "records" / f"{task.name}.json"
-
-
 def run(task: Task, folder: Path) -> list[dict[str, Any]]:
     """Train and measure; from ``folder`` where that has been done."""
-    path = record_path(task, folder)
+    path = folder / "records" / f"{task.name}.json"
     if path.exists():
         return json.loads(path.read_text())
     bench = _bench(task.concept, task.seeds, folder)
@@ -225,7 +221,7 @@ def run_all(tasks: Sequence[Task], folder: Path, jobs: int) -> list[dict[str, An
     return [record for task in tasks for record in found[task.name]]
 
 
-def main() -> None:
+def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--concepts", nargs="+", default=list(STUDIED), choices=list(CONCEPTS))
     parser.add_argument("--methods", nargs="+", default=list(METHODS), choices=list(METHODS))
@@ -238,7 +234,7 @@ def main() -> None:
         "--out", type=Path, default=Path("out/study"), help="folder for what is done, sheets and judges"
     )
     parser.add_argument("--result", type=Path, default=RESULTS / f"study-{date.today().isoformat()}.json")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(argv)
     start = time.perf_counter()
     judges = look_judge(arguments.out)  # trained once, before there are several processes
     before = arguments.add_to or arguments.rates
@@ -253,8 +249,6 @@ def main() -> None:
         for concept in arguments.concepts
         for method in arguments.methods
     ]
-    if arguments.collect:
-        tasks = [task for task in tasks if record_path(task, arguments.out).exists()]
     records = run_all(tasks, arguments.out, arguments.jobs)
     if arguments.add_to is not None:
         known = {(record["trained_as"], record["concept_name"]) for record in records}

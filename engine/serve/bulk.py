@@ -14,7 +14,7 @@ from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, fields
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
@@ -26,9 +26,6 @@ from ..methods.concept import Concept
 from ..options import make_options
 from ..sampling.arguments import Options
 from ..sampling.request import make_request
-
-if TYPE_CHECKING:
-    pass
 
 Paint = Callable[[Sequence[Sequence["Row"]], Path, Mapping[str, Any]], Iterable[list["Status"]]]
 STATUS_FILE = "status.jsonl"
@@ -90,7 +87,7 @@ def make_row(given: Mapping[str, Any]) -> Row:
     if not isinstance(prompt, str):
         raise ValueError(f"prompt must be a text, got {prompt!r}")
     if name is not None and not (isinstance(name, str) and name and set(name) <= _SAFE):
-        raise ValueError(f"id must be letters, digits, '-', '_' and '.', not first, got {name!r}")
+        raise ValueError(f"id must be letters, digits, '-' and '_', got {name!r}")
     asked = take_asked(values)
     for one in values:
         if one not in _OPTIONS:

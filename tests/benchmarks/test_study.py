@@ -1,5 +1,6 @@
 """The study: its page is current, its prompts say what they are judged for, and its choices follow from its records."""
 
+import json
 from pathlib import Path
 
 import pytest
@@ -7,6 +8,7 @@ import torch
 
 import engine
 from benchmarks import study_page
+from benchmarks.tinyworld import study
 from benchmarks.tinyworld.bench import study_prompts
 from benchmarks.tinyworld.concepts import CONCEPTS
 from benchmarks.tinyworld.look_judge import Look, overlap
@@ -78,3 +80,22 @@ def test_every_method_learns_draws_and_leaves_the_base_alone(name: str, tmp_path
         assert not torch.allclose(drawn.images, plain, atol=1e-3)
         assert drawer.n_bytes > 0
     assert set(drawers) == {"infusion": {"parallel", "shared"}, "custom_diffusion": {"", "dci"}}.get(method.name, {""})
+
+
+def test_a_study_goes_on_from_an_earlier_one(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    asked = list[study.Task]()
+
+    def run_all(tasks: list[study.Task], _folder: Path, _jobs: int) -> list[dict]:
+        asked.extend(tasks)
+        return [{"trained_as": task.method, "concept_name": task.concept, "steps": 0} for task in tasks]
+
+    monkeypatch.setattr(study, "run_all", run_all)
+    monkeypatch.setattr(study, "look_judge", lambda _folder: Look)
+    monkeypatch.setattr(Look, "accuracy", {}, raising=False)
+    before, out = study_page.newest(), tmp_path / "study.json"
+    study.main(["--concepts", "star-car", "--methods", "ico", "--add-to", str(before), "--result", str(out)])
+    earlier, made = json.loads(before.read_text()), json.loads(out.read_text())
+    assert [(task.method, task.concept) for task in asked] == [("base", "star-car"), ("ico", "star-car")]
+    assert asked[1].rate == earlier["settings"]["rates"]["ico"]
+    assert made["study"][:-2] == earlier["study"]
+    assert made["tuning"] == earlier["tuning"]
