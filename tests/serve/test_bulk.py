@@ -2,6 +2,7 @@
 
 import json
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -169,3 +170,9 @@ def test_ray_draws_the_same_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyP
         k: (v.status, v.sha256, v.error) for k, v in there.items()
     }
     assert Status("a", "drawn").error == ""
+
+
+def test_a_picture_has_its_share_of_its_batchs_time(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    times = iter([10.0, 16.0])
+    monkeypatch.setattr(bulk, "time", SimpleNamespace(perf_counter=lambda: next(times)))
+    assert [one.seconds for one in run_bulk(_rows(3), tmp_path, {})] == [2.0] * 3
