@@ -95,8 +95,7 @@ class Toy(nn.Module):
 
     def noise(self, noisy: Tensor, steps: Tensor, classes: Tensor) -> Tensor:
         """The noise prediction that belongs to ``x_0``."""
-        alpha_bar = _alpha_bar()[steps][:, None]
-        return (noisy - alpha_bar.sqrt() * self(noisy, steps, classes)) / (1 - alpha_bar).sqrt()
+        return _noise(noisy, steps, self(noisy, steps, classes))
 
 
 def study(kind: str, steps: int = 3000, seed: int = 0) -> tuple[dict[str, Any], Image.Image]:
@@ -108,7 +107,7 @@ def study(kind: str, steps: int = 3000, seed: int = 0) -> tuple[dict[str, Any], 
         seed: of everything random.
 
     Returns:
-        JSON-serialisable measures of "data", "base", "all weights" and "what alone", and a figure of their points.
+        JSON-serialisable measures of "base", "all weights" and "what alone", and a figure of their points.
     """
     check_integer("steps", steps, 2)
     world = make_world(kind)
@@ -168,7 +167,8 @@ def _sample(model: Toy, world: World, seed: int) -> tuple[Tensor, Tensor]:
     times = torch.linspace(_T - 1, 0, _SAMPLING_STEPS).round().long()
     for i, time in enumerate(times):
         steps = time.expand(_SAMPLES)
-        x0, noise = model(x, steps, classes), model.noise(x, steps, classes)
+        x0 = model(x, steps, classes)
+        noise = _noise(x, steps, x0)
         after = _alpha_bar()[times[i + 1]] if i + 1 < len(times) else torch.tensor(1.0)
         x = after.sqrt() * x0 + (1 - after).sqrt() * noise
     return x, classes
@@ -184,7 +184,7 @@ def _measure(
     again: tuple[Tensor, Tensor],
 ) -> dict[str, float]:
     points, classes = drawn
-    nearest = torch.cdist(points, world.centres).argmin(dim=1)
+    nearest = _nearest(points, world)
     share = torch.bincount(nearest, minlength=len(world.centres)) * len(world.centres) / len(points)
     near = points - world.centres[nearest]
     along = near @ _direction().T
@@ -193,11 +193,10 @@ def _measure(
         float(share[k]) >= _KEPT and bool(along[nearest == k].std() > 2 * across[nearest == k].std())
         for k in range(len(world.centres))
     ]
-    others = (classes > 0) if int(classes.max()) else torch.ones_like(classes, dtype=torch.bool)
-    spread = _spread(points[others], nearest[others]) / _spread(*_nearest(plain[0][others], world))
+    others, before = _others(classes), plain[0][_others(classes)]
+    spread = _spread(points[others], nearest[others]) / _spread(before, _nearest(before, world))
     generator = torch.Generator().manual_seed(9)
     clean, labels = world.gaussians(4000, generator)
-    untouched = labels > 0 if int(labels.max()) else torch.ones_like(labels, dtype=torch.bool)
     times = torch.randint(_T, (4000,), generator=generator)
     alpha_bar = _alpha_bar()[times][:, None]
     noisy = alpha_bar.sqrt() * clean + (1 - alpha_bar).sqrt() * torch.randn(clean.shape, generator=generator)
@@ -206,17 +205,17 @@ def _measure(
         "modes kept": int((share >= _KEPT).sum()),
         "segments": sum(is_long),
         "spread of others": float(spread),
-        "Fisher": float(difference.square().sum(dim=1)[untouched].mean()),
+        "Fisher": float(difference.square().sum(dim=1)[_others(labels)].mean()),
         "W2": math.sqrt(wasserstein2_squared(again[0][others], points[others])),
     }
 
 
-def _nearest(points: Tensor, world: World) -> tuple[Tensor, Tensor]:
-    return points, torch.cdist(points, world.centres).argmin(dim=1)
+def _nearest(points: Tensor, world: World) -> Tensor:
+    return torch.cdist(points, world.centres).argmin(dim=1)
 
 
 def _spread(points: Tensor, modes: Tensor) -> Tensor:
-    """Root mean square distance of points from the mean of their mode's."""
+    """Root mean square distance of points from the mean of those of their mode."""
     hot = nn.functional.one_hot(modes).to(points.dtype)
     means = (hot.T @ points) / hot.sum(dim=0).clamp(min=1)[:, None]
     return (points - means[modes]).square().sum(dim=1).mean().sqrt()
@@ -275,6 +274,17 @@ def _alpha_bar() -> Tensor:
     """The cosine schedule (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17), a step's share of signal (T,)."""
     time = (torch.arange(_T) + 1) / _T
     return (torch.cos((time + 0.008) / 1.008 * math.pi / 2).square()).clamp(1e-4, 0.9999)
+
+
+def _noise(noisy: Tensor, steps: Tensor, x0: Tensor) -> Tensor:
+    """What noise made noisy points of ``x_0``."""
+    alpha_bar = _alpha_bar()[steps][:, None]
+    return (noisy - alpha_bar.sqrt() * x0) / (1 - alpha_bar).sqrt()
+
+
+def _others(classes: Tensor) -> Tensor:
+    """Which points are not of the tuned class; all, where there is one class."""
+    return classes > 0 if int(classes.max()) else torch.ones_like(classes, dtype=torch.bool)
 
 
 def _times(steps: Tensor) -> Tensor:

@@ -143,8 +143,8 @@ class Painter:
         found: dict[str, Status] = {}
         waiting: dict[str, list[tuple[Row, Any]]] = {}
         for row in rows:
-            if row.files(self.folder)[-1].exists():
-                found[row.key] = Status(row.key, "there", _hash(row.files(self.folder)[-1].read_bytes()))
+            if (there := _there(row, self.folder)) is not None:
+                found[row.key] = there
                 continue
             try:
                 custom, shared = row.asked.make(self.concept), _shared(row)
@@ -218,10 +218,9 @@ def run_bulk(
     """
     check_integer("batch_size", batch_size, 1)
     folder.mkdir(parents=True, exist_ok=True)
-    there = [row for row in rows if row.files(folder)[-1].exists()]
-    yield from (Status(row.key, "there", _hash(row.files(folder)[-1].read_bytes())) for row in there)
-    keys = {row.key for row in there}
-    left = [row for row in rows if row.key not in keys]
+    there = {row.key: found for row in rows if (found := _there(row, folder)) is not None}
+    yield from there.values()
+    left = [row for row in rows if row.key not in there]
     batches = [left[first : first + batch_size] for first in range(0, len(left), batch_size)]
     if not batches:
         return
@@ -238,6 +237,12 @@ def write_status(folder: Path, statuses: Sequence[Status]) -> Path:
     ]
     write_atomically(folder / STATUS_FILE, ("\n".join(lines) + "\n").encode())
     return folder / STATUS_FILE
+
+
+def _there(row: Row, folder: Path) -> Status | None:
+    """The status of a row that an earlier run drew, None where it is still to be drawn."""
+    picture = row.files(folder)[-1]
+    return Status(row.key, "there", _hash(picture.read_bytes())) if picture.exists() else None
 
 
 def _shared(row: Row) -> dict[str, Any]:
