@@ -93,6 +93,8 @@ class Engine:
             OutOfMemoryError: the memory does not hold so many rows of this size; the message says what would fit.
         """
         asked = make_options(Options, "generate", options)
+        if asked.scheduler is not None:
+            return asked.scheduler.draw(self, prompt, options)
         request = make_request(self.limits, prompt, asked)
         clock = StageClock(self.device)
         denoising = self.begin(request, clock)

@@ -83,19 +83,13 @@ def join_rows(batches: Sequence[GuidedBatch], size: Size = exactly) -> GuidedBat
     """One batch of the rows of several, in the order that all batches have: plain, concept, auxiliary, followers.
 
     Args:
-        batches: of like keys; see ``mixing_kind``.
+        batches: whose pairs, where they have some, are of one kind; see ``Layout.mixing_kind``.
         size: how many plain rows, pairs, followers, followed tokens and trajectories to fill up to. What is filled in
             repeats the first of its kind, and no trajectory that is asked for sees it.
     """
     if len(batches) == 1 and size is exactly:
         return batches[0]
     return _Joiner(batches, size).joined()
-
-
-def mixing_kind(rows: GuidedBatch) -> tuple[object, ...] | None:
-    """What must be alike where rows of several requests mix by branches; None where none do."""
-    mixing = rows.batch.mixing
-    return None if mixing is None else (mixing.logits, mixing.masked, mixing.layers)
 
 
 class _Joiner:
