@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         NonFiniteError,
         OutOfMemoryError,
         QueueFullError,
+        SchedulerClosedError,
         UnknownArgumentError,
     )
     from .loading import generate, load
@@ -46,6 +47,7 @@ _HOMES = {
     "QueueFullError": "errors",
     "Result": "result",
     "Scheduler": "serve.scheduler",
+    "SchedulerClosedError": "errors",
     "UnknownArgumentError": "errors",
     "generate": "loading",
     "import_custom_diffusion": "methods.foreign",
@@ -69,6 +71,7 @@ __all__ = [
     "QueueFullError",
     "Result",
     "Scheduler",
+    "SchedulerClosedError",
     "UnknownArgumentError",
     "__version__",
     "generate",

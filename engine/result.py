@@ -16,7 +16,7 @@ from .observe.masks import BranchMasks
 from .observe.word_maps import AttentionMaps
 from .version import __version__
 
-_A1111_SAMPLERS = {
+A1111_SAMPLERS = {
     "ddim": "DDIM",
     "pndm": "PLMS",
     "heun": "Heun",
@@ -72,7 +72,7 @@ class Result:
             lines.append(f"Negative prompt: {settings['negative_prompt']}")
         values = {
             "Steps": settings["steps"],
-            "Sampler": _A1111_SAMPLERS[settings["sampler"]],
+            "Sampler": A1111_SAMPLERS[settings["sampler"]],
             "CFG scale": f"{settings['guidance_scale']:g}",
             "Seed": settings["seed"],
             "Size": f"{settings['width']}x{settings['height']}",
