@@ -10,6 +10,7 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable, Hashable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, fields, is_dataclass, replace
 from typing import Any
 
@@ -28,6 +29,18 @@ _MAX_GRAPHS = 32
 def run_eagerly(_name: str, function: Function, constants: Any, inputs: Any) -> Any:
     """Call the function, without a graph."""
     return function(constants, inputs)
+
+
+@contextmanager
+def beside(device: torch.device) -> Iterator[None]:
+    """On a GPU, a stream beside the default one, after what that has been given; the caller waits for what it does."""
+    if device.type != "cuda":
+        yield
+        return
+    stream = torch.cuda.Stream(device)
+    stream.wait_stream(torch.cuda.default_stream(device))
+    with torch.cuda.stream(stream):
+        yield
 
 
 class CudaCapture:

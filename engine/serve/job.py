@@ -46,7 +46,7 @@ class Job(Future[Result]):
         self.request, self.client, self.due, self.clock = request, client, due, clock
         self.denoising: Denoising | None = None
         self.steps: Steps | None = None
-        self.began = 0.0
+        self.has_begun, self.began = False, 0.0
         self._scheduler, self._phases = scheduler, phases
 
     @property
@@ -63,10 +63,6 @@ class Job(Future[Result]):
 
     def running(self) -> bool:
         return self.has_begun and not self.done()
-
-    @property
-    def has_begun(self) -> bool:
-        return self.denoising is not None
 
     @property
     def records(self) -> bool:
@@ -92,11 +88,6 @@ class Job(Future[Result]):
     @property
     def steps_left(self) -> int:
         return sum(phase.steps for phase in self._phases) - (0 if self.denoising is None else self.denoising.taken)
-
-    def succeed(self, result: Result) -> None:
-        """Give the result, unless it was cancelled meanwhile."""
-        if self.set_running_or_notify_cancel():
-            self.set_result(result)
 
     def fail(self, error: BaseException) -> None:
         """Give the error, unless it was cancelled meanwhile."""

@@ -10,15 +10,14 @@ import math
 import threading
 import time
 from collections import Counter
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
-from functools import partial
 from typing import Any
 
 import torch
 from tqdm import tqdm
 
+from ..backends.graphs import beside
 from ..checks import check_integer, check_number
 from ..engine import Engine
 from ..errors import DeadlineError, QueueFullError, SchedulerClosedError
@@ -264,7 +263,7 @@ class Scheduler:
             return False
         asked, total = job.request.options, len(job.denoising)
         bar = tqdm(total=total, disable=not asked.progress, unit="step")
-        job.steps, job.began = Steps(asked.callback, total, bar), time.perf_counter()
+        job.steps, job.began, job.has_begun = Steps(asked.callback, total, bar), time.perf_counter(), True
         return True
 
     def _step(self, jobs: Sequence[Job]) -> None:
@@ -324,31 +323,24 @@ class Scheduler:
         denoising, steps = job.denoising, job.steps
         assert denoising is not None
         assert steps is not None
-        outcome: Callable[[], object] = job.set_running_or_notify_cancel
+        outcome: Result | Exception | None = None
         try:
             if not job.cancelled():
-                with self._beside():
-                    result = self.sd.finish(job.request, denoising, job.clock, steps.cancelled)
-                outcome = partial(job.succeed, result)
+                with beside(self.sd.device):
+                    outcome = self.sd.finish(job.request, denoising, job.clock, steps.cancelled)
         except Exception as error:
-            outcome = partial(job.fail, error)
-        job.denoising = None
-        outcome()
+            outcome = error
+        wanted = job.set_running_or_notify_cancel()  # from here on it can no longer be cancelled
         with self._changed:
             self._decoding -= 1
-            self.counts["cancelled" if job.cancelled() else "failed" if job.exception() else "done"] += 1
+            self.counts["failed" if isinstance(outcome, Exception) else "done" if wanted else "cancelled"] += 1
             self._changed.notify_all()
-
-    @contextmanager
-    def _beside(self) -> Iterator[None]:
-        """On a GPU, a stream beside that of the steps; what it reads is held until it has ended."""
-        if self.sd.device.type != "cuda":
-            yield
-            return
-        stream = torch.cuda.Stream(self.sd.device)
-        stream.wait_stream(torch.cuda.default_stream(self.sd.device))
-        with torch.cuda.stream(stream):
-            yield
+        if wanted and isinstance(outcome, Result):
+            job.set_result(outcome)
+        elif wanted:
+            assert isinstance(outcome, Exception)
+            job.set_exception(outcome)
+        job.denoising = None
 
     def _seconds_to_room(self) -> float:
         """When the request that will be done first is likely to be."""
