@@ -14,9 +14,10 @@ if TYPE_CHECKING:
     from .loading import generate, load
     from .methods.concept import Concept
     from .methods.dci import DCI
-    from .methods.foreign import import_custom_diffusion, import_textual_inversion
+    from .methods.foreign import import_custom_diffusion, import_lora, import_textual_inversion
     from .methods.ico import ICO
     from .methods.infusion import Infusion
+    from .methods.lora import LoRA
     from .result import Result
     from .sampling.samplers import SAMPLERS
     from .train.ico import train_ico
@@ -31,12 +32,14 @@ _HOMES = {
     "Engine": "engine",
     "ICO": "methods.ico",
     "Infusion": "methods.infusion",
+    "LoRA": "methods.lora",
     "NonFiniteError": "errors",
     "OutOfMemoryError": "errors",
     "Result": "result",
     "UnknownArgumentError": "errors",
     "generate": "loading",
     "import_custom_diffusion": "methods.foreign",
+    "import_lora": "methods.foreign",
     "import_textual_inversion": "methods.foreign",
     "load": "loading",
     "train_ico": "train.ico",
@@ -51,6 +54,7 @@ __all__ = [
     "ConceptFileError",
     "Engine",
     "Infusion",
+    "LoRA",
     "NonFiniteError",
     "OutOfMemoryError",
     "Result",
@@ -58,6 +62,7 @@ __all__ = [
     "__version__",
     "generate",
     "import_custom_diffusion",
+    "import_lora",
     "import_textual_inversion",
     "load",
     "train_ico",

@@ -47,6 +47,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     model.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float16 on a GPU, float32 on a CPU)")
     model.add_argument("--backend", default="auto", help=f"{', '.join(BACKENDS)} (default: auto)")
+    help = "merge this LoRA into the weights, with a factor (default: 1); may be repeated"
+    model.add_argument("--lora", dest="loras", action="append", default=[], metavar="FILE[:F]", help=help)
 
     generate = commands.add_parser("generate", parents=[model], help="draw pictures from prompts")
     generate.add_argument("prompts", nargs="+", metavar="prompt")

@@ -16,6 +16,7 @@ from .checks import check_choice, check_integer
 from .engine import MAX_PIXELS, Engine
 from .errors import CheckpointError
 from .kernels.jit import load_kernels
+from .methods.lora import Changes, LoRA, read_changes
 from .models.layers import pack_convolutions
 from .models.unet import UNet2DConditionModel
 from .models.vae import AutoencoderKL
@@ -38,6 +39,7 @@ def load(
     graphs: bool | None = None,
     config: str | Path | None = None,
     max_pixels: int = MAX_PIXELS,
+    loras: Sequence[LoRA] = (),
 ) -> Engine:
     """Load a model.
 
@@ -53,6 +55,7 @@ def load(
         config: for a single file, a diffusers folder whose configs and tokenizer to use; the file's own folder where it
             is one. Without any, sizes are read from the tensors' shapes and the rest is SD v1.5's.
         max_pixels: the largest height x width that ``generate`` takes.
+        loras: merged in float32 into the weights as the files have them, then cast; ``Engine.with_loras`` adds later.
 
     Raises:
         CheckpointError: files are missing, damaged or do not match their config.
@@ -71,8 +74,10 @@ def load(
     with torch.device("meta"):
         unet = UNet2DConditionModel(checkpoint.unet_config, ops)
         vae = AutoencoderKL(checkpoint.vae_config, ops)
-    text_encoder = _load_text_encoder(checkpoint, where, kind)
-    load_module(unet, checkpoint.unet, where, kind)
+        text = _text_model(checkpoint)
+    of_unet, of_text = read_changes(loras, checkpoint.unet_config, unet, text)
+    text_encoder = _load_text_encoder(checkpoint, text, where, kind, of_text)
+    load_module(unet, checkpoint.unet, where, kind, of_unet)
     load_module(vae, checkpoint.vae, where, kind)
     if ops.name == "native":
         pack_convolutions(unet)
@@ -81,7 +86,7 @@ def load(
         unet.compose()
     has_graphs = ops.name == "triton" if graphs is None else graphs
     captured = Graphs(lambda: CudaCapture(where)) if has_graphs else None
-    return Engine(checkpoint.name, unet, vae, text_encoder, checkpoint.schedule, ops, captured, max_pixels)
+    return Engine(checkpoint.name, unet, vae, text_encoder, checkpoint.schedule, ops, captured, max_pixels, loras)
 
 
 def _check_fit(checkpoint: Checkpoint) -> None:
@@ -98,12 +103,18 @@ def _check_fit(checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{checkpoint.name}: {name} must be {expected} to fit the rest, got {found}")
 
 
-def _load_text_encoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def _text_model(checkpoint: Checkpoint) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    with torch.device("meta"):
-        model = CLIPTextModel(CLIPTextConfig(**checkpoint.text_config))
-    load_module(model, checkpoint.text, device, dtype)
+    return CLIPTextModel(CLIPTextConfig(**checkpoint.text_config))
+
+
+def _load_text_encoder(
+    checkpoint: Checkpoint, model: Any, device: torch.device, dtype: torch.dtype, change: Changes
+) -> TextEncoder:
+    from transformers import CLIPTokenizer
+
+    load_module(model, checkpoint.text, device, dtype, change)
     length = model.config.max_position_embeddings
     for module in model.modules():
         if "position_ids" in module._buffers:  # not a weight, so still on meta

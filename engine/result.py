@@ -78,6 +78,8 @@ class Result:
             "Size": f"{settings['width']}x{settings['height']}",
             "Model": settings["model"],
         }
+        if settings["loras"]:
+            values["LoRA"] = ", ".join(f"{lora['name']}:{lora['weight']:g}" for lora in settings["loras"])
         if settings["strength"] is not None:
             values["Denoising strength"] = f"{settings['strength']:g}"
         if settings["eta"]:
