@@ -159,6 +159,7 @@ _TYPES: dict[str, Any] = {
     "seed": _seeds,
     "size": int,
     "initial_tokens": str,
+    "schedule": str,
 }  # by option, where it is not the default's
 
 

@@ -97,7 +97,8 @@ class Engine:
         """
         request = make_request(self.limits, prompt, make_options(Options, "generate", options))
         asked = request.options
-        table = make_table(asked.sampler, self.schedule, asked.steps, asked.eta, request.begin).to(self.device)
+        taken = asked.sampler, self.schedule, asked.steps, asked.eta, request.begin, asked.schedule
+        table = make_table(*taken).to(self.device)
         clock = StageClock(self.device)
         with clock("text"):
             plans = make_plans(request, len(table), Texts(self.text_encoder), self.concepts, self.device)

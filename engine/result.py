@@ -24,8 +24,20 @@ _A1111_SAMPLERS = {
     "euler_ancestral": "Euler a",
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_karras": "DPM++ 2M Karras",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_sde": "DPM++ SDE",
+    "dpm2": "DPM2",
+    "deis": "DEIS",
+    "ddpm": "DDPM",
     "unipc": "UniPC",
     "lcm": "LCM",
+}
+_A1111_SCHEDULES = {
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "beta": "Beta",
+    "ays": "Align Your Steps",
+    "sgm_uniform": "SGM Uniform",
 }
 
 
@@ -73,6 +85,7 @@ class Result:
         values = {
             "Steps": settings["steps"],
             "Sampler": _A1111_SAMPLERS[settings["sampler"]],
+            **({"Schedule type": _A1111_SCHEDULES[settings["schedule"]]} if settings["schedule"] else {}),
             "CFG scale": f"{settings['guidance_scale']:g}",
             "Seed": settings["seed"],
             "Size": f"{settings['width']}x{settings['height']}",

@@ -19,6 +19,7 @@ from ..observe.progress import Callback
 from ..options import check_options, option
 from ..text.weighting import WEIGHTINGS
 from .samplers import SAMPLERS
+from .schedule import SCHEDULES
 
 DEFAULT_STRENGTH = 0.8
 
@@ -41,7 +42,8 @@ class Options:
     )
     steps: int = option(
         50,
-        "sampling steps of the whole schedule; heun evaluates the UNet twice a step, pndm once or more in addition.",
+        "sampling steps of the whole schedule; heun, dpm2 and dpmpp_sde evaluate the UNet twice a step but the last, "
+        "pndm once or more in addition.",
         partial(check_integer, low=1),
         flags=(),
         setting=True,
@@ -59,6 +61,16 @@ class Options:
         f"one of {', '.join(SAMPLERS)}.",
         partial(check_choice, choices=tuple(SAMPLERS)),
         flags=(),
+        setting=True,
+    )
+    schedule: str | None = option(
+        None,
+        f"where the steps are: one of {', '.join(SCHEDULES)}; the model's own where not given. All but sgm_uniform are "
+        "for samplers that take any noise level: not for ddim, ddpm, pndm and lcm; sgm_uniform is for all but lcm.",
+        partial(check_choice, choices=SCHEDULES),
+        optional=True,
+        flags=(),
+        metavar="NAME",
         setting=True,
     )
     eta: float = option(

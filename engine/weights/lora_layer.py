@@ -54,7 +54,7 @@ class LoRALayer:
         try:
             made = difference(parts, shape)
             _magnitude(parts, made)
-        except (RuntimeError, ValueError) as error:
+        except (RuntimeError, ValueError, IndexError) as error:
             rule = f"must make a change of {tuple(shape)}"
             raise CheckpointError(f"{self._where}: {rule}, found {self._shapes()}") from error
 

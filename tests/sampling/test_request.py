@@ -34,6 +34,11 @@ _PICTURE = Image.new("RGB", (16, 16))
         ({"vae_tiling": True, "output": "latent"}, "which output='latent' does not run"),
         ({"sampler": "dpm_fast"}, "sampler must be one of ddim, pndm, euler"),
         ({"sampler": None}, "sampler must be one of"),
+        ({"schedule": "simple"}, "schedule must be one of karras, exponential, beta, ays, sgm_uniform, got 'simple'"),
+        (
+            {"schedule": "karras"},
+            "schedule must be left out, or go with a sampler that takes it, got 'karras' with ddim",
+        ),
         ({"eta": 1.5}, "eta must be a finite number from 0 to 1, got 1.5"),
         ({"eta": 0.5, "sampler": "euler"}, "eta belongs to the ddim sampler alone"),
         ({"height": 20}, "height must be a multiple of 2"),

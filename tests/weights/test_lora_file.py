@@ -1,6 +1,7 @@
 """LoRA files that are damaged, foreign or hostile are refused, and every key is accounted for."""
 
 import json
+import random
 import re
 from collections.abc import Callable
 from pathlib import Path
@@ -128,6 +129,25 @@ def test_shapes_are_checked_before_anything_is_computed(small: engine.Engine, fi
     big = torch.zeros(4000, 1000)
     save_file({f"{_LAYER}.lokr_w1": big, f"{_LAYER}.lokr_w2": big.clone()}, file)
     _refuses(small, file, r"must make a change of \(48, 48\), found .*lokr_w1 \(4000, 1000\)")
+
+
+def test_any_shapes_load_or_are_named(small: engine.Engine, file: Path) -> None:
+    """Whatever shapes the parts have, the error is ours."""
+    generator, refused = random.Random(0), 0
+    forms = (
+        ("lora_up.weight", "lora_down.weight", "lora_mid.weight", "alpha"),
+        ("hada_w1_a", "hada_w1_b", "hada_w2_a", "hada_w2_b", "hada_t1", "hada_t2"),
+        ("lokr_w1", "lokr_w2_a", "lokr_w2_b", "lokr_t2", "dora_scale"),
+        ("diff", "lora_magnitude_vector"),
+    )
+    for parts in forms * 40:
+        shapes = [[generator.choice((0, 1, 2, 48)) for _ in range(generator.randrange(4))] for _ in parts]
+        save_file({f"{_LAYER}.{part}": torch.zeros(shape) for part, shape in zip(parts, shapes, strict=True)}, file)
+        try:
+            small.with_loras([engine.LoRA(file)])
+        except engine.CheckpointError:
+            refused += 1
+    assert refused > 100
 
 
 @pytest.mark.parametrize("alpha", [0.0, None])
