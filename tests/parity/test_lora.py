@@ -135,6 +135,21 @@ def test_diffusers_files_with_metadata(sd: engine.Engine, pipeline, tmp_path: Pa
     assert max(_errors(sd.with_loras([engine.LoRA(tmp_path, 0.8)]), *_fused(pipeline, {path: 0.8}), sd)) <= _TOLERANCE
 
 
+def test_two_doras_at_once(sd: engine.Engine, pipeline, tmp_path: Path) -> None:
+    """Norms are those of the weight without the other, and the second one scales what the first one left."""
+    files = {}
+    for seed, weight in ((0, 0.8), (1, -0.5)):
+        other = copy.deepcopy(pipeline)
+        _adapters(other, use_dora=True)
+        _randomize(other.unet, seed)
+        unet = other.unet.peft_config["default"].to_dict()
+        text = LoraConfig(r=3, lora_alpha=1, target_modules=_TEXT_LAYERS).to_dict()
+        metadata = {"unet_lora_adapter_metadata": unet, "text_encoder_lora_adapter_metadata": text}
+        files[_save(other, tmp_path / str(seed), **metadata)] = weight
+    actual = sd.with_loras([engine.LoRA(path, weight) for path, weight in files.items()])
+    assert max(_errors(actual, *_fused(pipeline, files), sd)) <= _TOLERANCE
+
+
 def test_a_unet_saved_by_itself(sd: engine.Engine, pipeline, tmp_path: Path) -> None:
     other = copy.deepcopy(pipeline.unet)
     other.add_adapter(LoraConfig(r=4, lora_alpha=6, target_modules=_UNET_LAYERS))
