@@ -19,9 +19,10 @@ import engine
 from engine.backends.graphs import run_eagerly
 from engine.methods.concept_cache import Texts
 from engine.sampling.arguments import Options
-from engine.sampling.loop import Phase, State, guided_step, make_phase
+from engine.sampling.join import make_phase
 from engine.sampling.plan import make_plans
 from engine.sampling.request import Request, make_request
+from engine.sampling.step import Phase, State, guided_step
 from engine.sampling.table import Coefficients
 
 STEPS, GUIDANCE = 20, 7.5
@@ -109,7 +110,7 @@ def _plan(sd: engine.Engine, customizations: Sequence[Any], latents: Tensor) -> 
     (plan,) = make_plans(request, 1, Texts(sd.text_encoder), sd.concepts, sd.device)
     zero, one = torch.zeros(1, 1, device=sd.device), torch.ones(1, 1, device=sd.device)
     coefficients = Coefficients(input_scale=one[0], state=zero[None], model=one, noise=zero)
-    phase = make_phase(plan, coefficients, sd.unet.time_shifts(torch.tensor([TIMESTEP], device=sd.device)))
+    phase = make_phase(plan.rows, coefficients, sd.unet.time_shifts(torch.tensor([TIMESTEP], device=sd.device)))
     x = latents.expand(len(plan.starts), -1, -1, -1).contiguous()
     return phase, State(x, x.new_zeros(0, *x.shape), torch.zeros_like(plan.starts), None), plan.pictures
 

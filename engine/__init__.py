@@ -10,7 +10,15 @@ from .version import __version__
 
 if TYPE_CHECKING:
     from .engine import Engine
-    from .errors import CheckpointError, ConceptFileError, NonFiniteError, OutOfMemoryError, UnknownArgumentError
+    from .errors import (
+        CheckpointError,
+        ConceptFileError,
+        DeadlineError,
+        NonFiniteError,
+        OutOfMemoryError,
+        QueueFullError,
+        UnknownArgumentError,
+    )
     from .loading import generate, load
     from .methods.concept import Concept
     from .methods.dci import DCI
@@ -20,6 +28,7 @@ if TYPE_CHECKING:
     from .methods.lora import LoRA
     from .result import Result
     from .sampling.samplers import SAMPLERS
+    from .serve.scheduler import Scheduler
     from .train.ico import train_ico
     from .train.infusion import train_infusion
 
@@ -29,13 +38,16 @@ _HOMES = {
     "Concept": "methods.concept",
     "ConceptFileError": "errors",
     "DCI": "methods.dci",
+    "DeadlineError": "errors",
     "Engine": "engine",
     "ICO": "methods.ico",
     "Infusion": "methods.infusion",
     "LoRA": "methods.lora",
     "NonFiniteError": "errors",
     "OutOfMemoryError": "errors",
+    "QueueFullError": "errors",
     "Result": "result",
+    "Scheduler": "serve.scheduler",
     "UnknownArgumentError": "errors",
     "generate": "loading",
     "import_custom_diffusion": "methods.foreign",
@@ -52,12 +64,15 @@ __all__ = [
     "CheckpointError",
     "Concept",
     "ConceptFileError",
+    "DeadlineError",
     "Engine",
     "Infusion",
     "LoRA",
     "NonFiniteError",
     "OutOfMemoryError",
+    "QueueFullError",
     "Result",
+    "Scheduler",
     "UnknownArgumentError",
     "__version__",
     "generate",

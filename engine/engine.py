@@ -14,9 +14,9 @@ from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
-from .backends.graphs import CAPTURING, Graphs, Warmup, run_eagerly
+from .backends.graphs import CAPTURING, Graphs, Run, Warmup, run_eagerly
 from .backends.ops import Ops
-from .errors import NonFiniteError
+from .errors import NonFiniteError, OutOfMemoryError
 from .methods.concept_cache import ConceptCache, Texts
 from .methods.lora import LoRA, apply_loras
 from .models.config import ScheduleConfig
@@ -28,13 +28,13 @@ from .observe.word_maps import Recorder
 from .options import make_options, takes
 from .result import Result
 from .sampling.arguments import Options
-from .sampling.loop import denoise
+from .sampling.join import Size, exactly
+from .sampling.loop import Denoising, Stepper, denoise, start_denoising
 from .sampling.out_of_memory import check_memory, out_of_memory, with_retry
-from .sampling.plan import RowPlan, make_plans
+from .sampling.plan import make_plans
 from .sampling.request import ModelLimits, Request, make_request
-from .sampling.samplers import make_table
 from .sampling.start import start
-from .sampling.table import SamplerTable
+from .sampling.timetable import Timetables
 from .sampling.vae_runner import VAERunner
 from .text.encoder import TextEncoder
 
@@ -48,7 +48,7 @@ class Engine:
         unet, vae: our models; call them with tensors on ``device``.
         text_encoder: tokenizer and CLIP text transformer.
         device, dtype: where the weights are, and their type.
-        concepts: what concepts become on this model.
+        concepts, timetables: what concepts and schedules become on this model.
         limits: what requests it accepts.
         graphs: the CUDA graphs of what ``generate`` has run; None where it runs without.
         name: what the model was loaded from.
@@ -70,7 +70,7 @@ class Engine:
         self.name, self.unet, self.vae, self.text_encoder, self.loras = name, unet, vae, text_encoder, tuple(loras)
         self.schedule, self.backend, self.graphs = schedule, backend, graphs
         self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
-        self.concepts = ConceptCache(unet)
+        self.concepts, self.timetables = ConceptCache(unet), Timetables(unet, schedule)
         self._vae = VAERunner(vae, graphs, self._free)
         self.limits = ModelLimits(
             factor=vae.config.factor,
@@ -95,34 +95,54 @@ class Engine:
             NonFiniteError: the text encoder, the UNet or the VAE produced NaN or infinity.
             OutOfMemoryError: the memory does not hold so many rows of this size; the message says what would fit.
         """
-        request = make_request(self.limits, prompt, make_options(Options, "generate", options))
-        asked = request.options
-        taken = asked.sampler, self.schedule, asked.steps, asked.eta, request.begin, asked.schedule
-        table = make_table(*taken).to(self.device)
+        asked = make_options(Options, "generate", options)
+        if asked.scheduler is not None:
+            return asked.scheduler.draw(self, prompt, options)
+        request = make_request(self.limits, prompt, asked)
         clock = StageClock(self.device)
+        denoising = self.begin(request, clock)
+        with clock("denoise"), tqdm(total=len(denoising), disable=not asked.progress, unit="step") as bar:
+            steps = Steps(asked.callback, len(denoising), bar)
+            self._denoise(request, denoising, steps)
+        return self.finish(request, denoising, clock, steps.cancelled)
+
+    def begin(self, request: Request, clock: StageClock) -> Denoising:
+        """The stages of ``generate`` before the loop: texts, rows and starts."""
+        asked = request.options
+        timetable = self.timetables(asked.sampler, asked.steps, asked.eta, request.begin, asked.schedule)
         with clock("text"):
-            plans = make_plans(request, len(table), Texts(self.text_encoder), self.concepts, self.device)
+            plans = make_plans(request, len(timetable), Texts(self.text_encoder), self.concepts, self.device)
         with clock("encode"):
-            x, noise = start(request, table, self._vae, self.device)
-        with clock("denoise"), tqdm(total=len(table), disable=not asked.progress, unit="step") as bar:
-            steps = Steps(asked.callback, len(table), bar)
-            recorder, mask_recorder = self._recorders(request)
-            x, plan, finite = self._denoise(request, table, plans, x, noise, steps, recorder, mask_recorder)
-        _check_finite(finite, table)
+            x, noise = start(request, timetable.table, self._vae, self.device)
+        return start_denoising(plans, timetable, x, noise, *self._recorders(request))
+
+    def finish(self, request: Request, denoising: Denoising, clock: StageClock, cancelled: bool = False) -> Result:
+        """The stages of ``generate`` after the loop."""
+        _check_finite(denoising)
+        recorder, mask_recorder = denoising.recorder, denoising.mask_recorder
         with clock("decode"):
-            images = [] if steps.cancelled else self._pictures(request, x[plan.pictures])
-            foundation_images = [] if steps.cancelled else self._foundation_pictures(request, plan, x)
+            images = [] if cancelled else self._pictures(request, denoising.pictures)
+            foundation_images = [] if cancelled else self._foundation_pictures(request, denoising)
         return Result(
             images=images,
             foundation_images=foundation_images,
-            latents=x[plan.pictures],
+            latents=denoising.pictures,
             attention=None if recorder is None else recorder.result(),
             masks=None if mask_recorder is None else mask_recorder.result(len(request.seeds)),
             seeds=list(request.seeds),
             settings=self._settings(request),
             timings=clock.seconds(),
-            cancelled=steps.cancelled,
+            cancelled=cancelled,
         )
+
+    def stepper(self, size: Size = exactly) -> Stepper:
+        """What takes steps of this model, through graphs where it has them, with a second chance if memory runs out."""
+
+        def retrying(run: Run) -> Run:
+            return lambda *call: with_retry(lambda: run(*call), self._free)
+
+        once = run_eagerly if self.graphs is None else self.graphs
+        return Stepper(self.unet, retrying(once), retrying(run_eagerly), size)
 
     def warmup(self, prompt: str | Sequence[str] = "", **arguments: Any) -> Warmup:
         """Run ``generate`` with these arguments once, so that a later run of the same sizes waits for nothing.
@@ -154,22 +174,18 @@ class Engine:
         """Tells base models apart; see ``methods.fingerprint``."""
         return self.concepts.fingerprint
 
-    def _denoise(
-        self, request: Request, table: SamplerTable, plans: Sequence[RowPlan], *arguments: Any
-    ) -> tuple[Tensor, RowPlan, Tensor]:
-        """``denoise``, each of whose steps gets a second chance if memory runs out."""
-
-        def retrying(run: Any) -> Any:
-            return lambda *call: with_retry(lambda: run(*call), self._free)
-
-        once = run_eagerly if self.graphs is None else self.graphs
+    def _denoise(self, request: Request, denoising: Denoising, steps: Steps) -> None:
         try:
-            return denoise(self.unet, table, plans, *arguments, run=retrying(once), run_recording=retrying(run_eagerly))
+            return denoise(self.stepper(), denoising, steps)
         except torch.OutOfMemoryError as error:
             shortage = error.with_traceback(None)  # which would keep the attempt's tensors
+        raise self.out_of_memory(request, denoising) from shortage
+
+    def out_of_memory(self, request: Request, denoising: Denoising) -> OutOfMemoryError:
+        """The error where a step does not fit, which says what would; gives back all that can be first."""
         self._free()
-        n_rows = max(len(plan.rows.trajectories) for plan in plans)
-        raise out_of_memory(self.unet, self.limits.factor, len(request.seeds), n_rows, request.size) from shortage
+        n_rows = max(len(plan.rows.trajectories) for plan in denoising.plans)
+        return out_of_memory(self.unet, self.limits.factor, len(request.seeds), n_rows, request.size)
 
     def _free(self) -> None:
         """Give back what can be rebuilt."""
@@ -188,8 +204,9 @@ class Engine:
             return pixels
         return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in pixels]
 
-    def _foundation_pictures(self, request: Request, plan: RowPlan, x: Tensor) -> list[Any] | None:
+    def _foundation_pictures(self, request: Request, denoising: Denoising) -> list[Any] | None:
         """The picture of each image's foundation, None where it has none; each trajectory is decoded once."""
+        plan, x = denoising.plan, denoising.x
         distinct = [trajectory for trajectory in dict.fromkeys(plan.foundations) if trajectory is not None]
         if not distinct:
             return None
@@ -220,8 +237,9 @@ class Engine:
         }
 
 
-def _check_finite(finite: Tensor, table: SamplerTable) -> None:
-    if not finite.all():
-        i = int((~finite).nonzero()[0])
-        timestep = float(table.timesteps[i])
-        raise NonFiniteError(f"the UNet produced NaN or infinity at step {i} of {len(table)} (timestep {timestep:g})")
+def _check_finite(denoising: Denoising) -> None:
+    if not denoising.finite.all():
+        i = int((~denoising.finite).nonzero()[0])
+        timestep = float(denoising.timetable.table.timesteps[i])
+        where = f"at step {i} of {len(denoising)} (timestep {timestep:g})"
+        raise NonFiniteError(f"the UNet produced NaN or infinity {where}")

@@ -19,3 +19,19 @@ class OutOfMemoryError(RuntimeError):
 
 class UnknownArgumentError(ValueError, TypeError):
     """A keyword that a function does not have."""
+
+
+class QueueFullError(RuntimeError):
+    """A scheduler has as many requests waiting as it takes.
+
+    Attributes:
+        retry_after: seconds until there is likely to be room.
+    """
+
+    def __init__(self, message: str, retry_after: float) -> None:
+        super().__init__(message)
+        self.retry_after = retry_after
+
+
+class DeadlineError(RuntimeError):
+    """A request cannot be done by its deadline; the message says when it could."""

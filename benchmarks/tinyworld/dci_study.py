@@ -38,12 +38,9 @@ from benchmarks.tinyworld.studies import (
     with_changes,
     write_set,
 )
-from engine.methods.concept_cache import Texts
 from engine.methods.dci import PRESETS
+from engine.observe.progress import StageClock
 from engine.sampling.loop import denoise
-from engine.sampling.plan import make_plans
-from engine.sampling.samplers import make_table
-from engine.sampling.start import start
 
 STRENGTHS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 FRACTIONS = (0.0, 0.15, 0.4, 1.0)
@@ -122,12 +119,10 @@ class _Gates:
 def spread(sd: engine.Engine, prompt: str, dci: engine.DCI, drawing: dict[str, Any]) -> list[dict[str, float]]:
     """How the concept's weight w = sigmoid(s_c - lambda s_a) is distributed at each scale, over steps and heads."""
     request = default_request(sd, prompt, customization=dci, seed=0, **drawing)
-    table = make_table(request.options.sampler, sd.schedule, request.options.steps)
-    plans = make_plans(request, len(table), Texts(sd.text_encoder), sd.concepts, sd.device)
-    x, noise = start(request, table, sd._vae, sd.device)
     gates: Any = _Gates()
-    denoise(sd.unet, table, plans, x, noise, lambda _i, _x: True, None, gates)
-    mixing = plans[0].rows.batch.mixing
+    denoising = replace(sd.begin(request, StageClock(sd.device)), mask_recorder=gates)
+    denoise(sd.stepper(), denoising, lambda _i, _x: True)
+    mixing = denoising.plans[0].rows.batch.mixing
     assert mixing is not None
     strength, _, _, gain = mixing.gates[0].tolist()
     weights: dict[int, list[Tensor]] = {}

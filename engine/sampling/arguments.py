@@ -151,6 +151,9 @@ class Options:
         flags=(),
         setting=True,
     )
+    scheduler: Any = option(
+        None, "an engine.Scheduler of this Engine, in whose batches to draw, beside other callers; None draws at once."
+    )
 
     def __post_init__(self) -> None:
         check_options(self)

@@ -48,6 +48,11 @@ class Pair:
     dci: DCI
     branches: Branches
 
+    @property
+    def kind(self) -> tuple[object, ...]:
+        """What must be alike in all pairs of a batch."""
+        return self.dci.preset, self.dci.masked, self.dci.last_layer_only
+
 
 @dataclass(frozen=True, slots=True)
 class Drawn:
@@ -113,11 +118,21 @@ class Layout:
             unconditional = self._own_unconditional(auxiliary, i, dci.concepts)
         self._guide(unconditional, self._own(AUXILIARY, auxiliary, branches.texts[1]))
         self.pairs.append(Pair(i, dci, branches))
+        self._check_alike(dci)
 
     @property
     def all_owners(self) -> list[Owner]:
         """The map-owning rows, in their order in the batch."""
         return [owner for segment in self.owners.values() for owner in segment]
+
+    @property
+    def n_rows(self) -> int:
+        return len(self.all_owners) + len(self.followers)
+
+    @property
+    def mixing_kind(self) -> tuple[object, ...] | None:
+        """What must be alike in all pairs of a batch; None where no rows mix."""
+        return self.pairs[0].kind if self.pairs else None
 
     def number(self, row: Row) -> int:
         """A row's place in the batch: plain rows, concept rows, auxiliary rows, followers."""
@@ -153,6 +168,15 @@ class Layout:
             tokens = self.known.tokens(self.known.text(self.request.prompts[i], concepts))
             for placeholder in placeholders:
                 find_phrase(tokens, word_pattern(placeholder), placeholder, 0)
+
+    def _check_alike(self, dci: DCI) -> None:
+        """What cannot differ within a batch must be the same for all pairs."""
+        for name in ("preset", "masked", "last_layer_only"):
+            given = getattr(self.pairs[0].dci, name), getattr(dci, name)
+            if given[0] != given[1]:
+                raise ValueError(
+                    f"{name} must be the same for all DCI images of one request, got {given[0]!r} and {given[1]!r}"
+                )
 
     def _new_trajectory(self, key: Hashable, start: int) -> int:
         self.trajectories[key] = start

@@ -1,162 +1,171 @@
-"""The denoising loop: [UNet over the rows -> guidance -> sampler step] x T. It never waits for the device.
-
-One step is a function of tensors alone, those that a phase shares and those that change from step to step, so that a
-``Run`` may capture it once and replay it with other prompts, concepts, schedules and positions; see ``graphs.py``.
-"""
+"""The denoising loop: one step of the batch after the other. It never waits for the device."""
 
 from __future__ import annotations
 
+from bisect import bisect_right
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
-from functools import partial
+from itertools import accumulate
+from operator import is_
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ..backends.graphs import Run, run_eagerly
-from ..models.conditioning import Conditioning, Observe, ObserveMasks
 from ..models.unet import UNet2DConditionModel
 from ..observe.masks import MaskRecorder
 from ..observe.word_maps import Recorder
-from .plan import GuidedBatch, RowPlan
-from .table import Coefficients, SamplerTable, over_latents, step
-
-_ROOM = 64  # schedules have entries in multiples of this, so that runs of 20 and of 50 steps are of one size
-
-
-@dataclass(frozen=True, slots=True)
-class Phase:
-    """What the steps of one phase share: its rows, and a schedule.
-
-    Attributes:
-        rows: who is evaluated.
-        coefficients: the sampler's, with T entries or more.
-        shifts: (T, sum of C), the UNet's at those entries.
-    """
-
-    rows: GuidedBatch
-    coefficients: Coefficients
-    shifts: Tensor
+from .join import Size, exactly, join_phases, join_states
+from .plan import RowPlan
+from .step import Phase, State, guided_step
+from .timetable import Timetable
 
 
-@dataclass(frozen=True, slots=True)
-class State:
-    """What changes from step to step.
+@dataclass(slots=True, eq=False)
+class Denoising:
+    """A request's trajectories on their way from noise to pictures.
 
     Attributes:
-        x: (P, 4, h, w) float32 latents.
+        plans: rows and trajectories of each phase; their steps add up to the timetable's.
+        timetable: the sampler's table, and what the UNet is told at its steps.
+        noise: what each of the table's noisy steps draws, (n, 4, h, w) in the order of the starts.
+        x: (P, 4, h, w) float32 latents, of the trajectories of ``plan``.
         history: (K - 1, P, 4, h, w), the sampler's.
-        positions: (P,) int64, each trajectory's entry of the schedule.
-        noise: (P, 4, h, w) fresh noise; None for a sampler that draws none.
+        finite: (T,) bool, whether the latents were finite after each step.
+        plan: of the last step taken; before the first, of that.
+        recorder, mask_recorder: record the attention maps that the plans watch, and the masks by which rows mix.
+        taken: how many steps have been.
     """
 
+    plans: Sequence[RowPlan]
+    timetable: Timetable
+    noise: Sequence[Tensor]
     x: Tensor
     history: Tensor
-    positions: Tensor
-    noise: Tensor | None
+    finite: Tensor
+    plan: RowPlan
+    recorder: Recorder | None = None
+    mask_recorder: MaskRecorder | None = None
+    taken: int = 0
+
+    def __len__(self) -> int:
+        return len(self.timetable)
+
+    @property
+    def is_done(self) -> bool:
+        return self.taken == len(self)
+
+    @property
+    def records(self) -> bool:
+        return self.recorder is not None or self.mask_recorder is not None
+
+    @property
+    def pictures(self) -> Tensor:
+        """(I, 4, h, w), the latents of the images."""
+        return self.x[self.plan.pictures]
+
+    @property
+    def next_plan(self) -> RowPlan:
+        """The plan of the next step."""
+        ends = list(accumulate(plan.steps for plan in self.plans))
+        return self.plans[bisect_right(ends, self.taken)]
+
+    def enter_step(self) -> RowPlan:
+        """``next_plan``; where it begins a phase, trajectories go on from those of the one before."""
+        plan = self.next_plan
+        if plan is not self.plan:
+            self.x, self.history, self.plan = self.x[plan.inherits], self.history[:, plan.inherits], plan
+        return plan
+
+    def fresh_noise(self) -> Tensor | None:
+        """What the next step draws, in the shape of ``x``; None where it draws nothing."""
+        draws = self.taken < self.timetable.table.noise_draws
+        return self.noise[self.taken][self.plan.starts] if draws else None
 
 
-def guided_step(
-    unet: UNet2DConditionModel,
-    phase: Phase,
-    state: State,
-    observe: Observe | None = None,
-    observe_masks: ObserveMasks | None = None,
-) -> tuple[Tensor, Tensor, Tensor]:
-    """One step of every trajectory.
-
-    Classifier-free guidance (Ho and Salimans 2022, arXiv:2207.12598): ``eps = eps_u + s (eps_c - eps_u)``.
-
-    Returns:
-        The next latents (P, 4, h, w) and history, and whether each trajectory (P,) is finite.
-    """
-    rows = phase.rows
-    latents = state.x * over_latents(phase.coefficients.input_scale[state.positions])
-    latents = latents.to(unet.conv_in.weight.dtype)
-    if rows.batch.shared is None:
-        latents = latents[rows.trajectories]
-    shifts = phase.shifts[state.positions[rows.trajectories]]
-    noise_pred = unet.denoise(latents, Conditioning(rows.batch, shifts, observe, observe_masks)).float()
-    unconditional, conditional = noise_pred[rows.unconditional], noise_pred[rows.conditional]
-    noise_pred = unconditional + rows.guidance_scale * (conditional - unconditional)
-    x, history = step(phase.coefficients, state.x, noise_pred, state.positions, state.history, state.noise)
-    return x, history, torch.isfinite(x).flatten(1).all(dim=1)
-
-
-def denoise(
-    unet: UNet2DConditionModel,
-    table: SamplerTable,
+def start_denoising(
     plans: Sequence[RowPlan],
+    timetable: Timetable,
     start: Tensor,
     noise: Sequence[Tensor],
-    on_step: Callable[[int, Tensor], bool],
     recorder: Recorder | None = None,
     mask_recorder: MaskRecorder | None = None,
-    run: Run = run_eagerly,
-    run_recording: Run = run_eagerly,
-) -> tuple[Tensor, RowPlan, Tensor]:
-    """Run a sampler from its first step to its last.
+) -> Denoising:
+    """A ``Denoising`` before its first step.
+
+    Args:
+        start: (n, 4, h, w) float32 starts at the table's first noise level; see ``RowPlan.starts``.
+    """
+    x = start[plans[0].starts]
+    finite = torch.ones(len(timetable), dtype=torch.bool, device=x.device)
+    history = timetable.table.start_history(x)
+    return Denoising(plans, timetable, noise, x, history, finite, plans[0], recorder, mask_recorder)
+
+
+class Stepper:
+    """Takes the next step of some requests, whichever steps they are at, in one batch of the UNet.
+
+    What their batch shares is put together anew only where other requests or phases come than at the step before.
 
     Args:
         unet: the noise predictor.
-        table: the sampler on its schedule, on the device of ``start``.
-        plans: rows and trajectories of each phase; their steps add up to the table's.
-        start: (n, 4, h, w) float32 starts at the table's first noise level; see ``RowPlan.starts``.
-        noise: what each of the table's noisy steps draws, in the order and shape of ``start``.
-        on_step: called with the index and the pictures' latents (I, 4, h, w) after each step; False ends the loop.
-        recorder, mask_recorder: record the attention maps that the plans watch, and the masks by which rows mix.
         run: how a step is run that records nothing.
         run_recording: how one is run that does, which copies to the host and is never replayed. It may run a step
             again; what the first attempt recorded is then forgotten.
-
-    Returns:
-        The latents of all trajectories (P, 4, h, w), the plan of the last step taken, whose trajectories they are, and
-        for each step (T,) whether its latents were finite.
+        size: what the counts of rows of each kind and of table entries are filled up to; ``join.bucket`` where every
+            size is captured.
     """
-    x = start[plans[0].starts]
-    history = table.start_history(x)
-    finite = torch.ones(len(table), dtype=torch.bool, device=x.device)
-    shifts = unet.time_shifts(table.timesteps)
-    plan, i = plans[0], 0
-    for plan in plans:
-        phase = make_phase(plan, table.coefficients, shifts)
-        x, history = x[plan.inherits], history[:, plan.inherits]
-        one_step, how = partial(guided_step, unet), run
-        if recorder is not None or mask_recorder is not None:
-            one_step, how = _recording(unet, plan, recorder, mask_recorder), run_recording
-        name = f"step of {len(plan.rows.trajectories)} rows, latents {x.shape[2]}x{x.shape[3]}"
-        for _ in range(plan.steps):
-            if i < table.noise_draws:
-                fresh = noise[i][plan.starts]
-            else:  # LCM's last step draws none, but is run like those that do
-                fresh = torch.zeros_like(x) if table.noise_draws else None
-            state = State(x, history, torch.full_like(plan.starts, i), fresh)
-            x, history, whole = how(name, one_step, phase, state)
-            finite[i] = whole.all()
-            for one in (recorder, mask_recorder):
-                if one is not None:
-                    one.keep_step()
-            if not on_step(i, x[plan.pictures]):
-                return x, plan, finite
-            i += 1
-    return x, plan, finite
+
+    def __init__(
+        self, unet: UNet2DConditionModel, run: Run = run_eagerly, run_recording: Run = run_eagerly, size: Size = exactly
+    ) -> None:
+        self.unet, self.run, self.run_recording, self.size = unet, run, run_recording, size
+        self._plans: list[RowPlan] = []
+        self._joined: tuple[Phase, list[int]] | None = None
+
+    def __call__(self, together: Sequence[Denoising]) -> None:
+        """Advance each by a step; none is changed where that fails. A request that records must be alone."""
+        plans = [one.enter_step() for one in together]
+        if self._joined is None or len(plans) != len(self._plans) or not all(map(is_, plans, self._plans)):
+            self._joined = join_phases(plans, [one.timetable for one in together], self.size)
+            self._plans = plans
+        phase, offsets = self._joined
+        state = join_states(together, offsets, phase)
+        recording = [one for one in together if one.records]
+        assert not recording or len(together) == 1
+        step, run = (_recording(self.unet, together[0]), self.run_recording) if recording else (self._step, self.run)
+        name = f"step of {len(phase.rows.trajectories)} rows, latents {state.x.shape[2]}x{state.x.shape[3]}"
+        x, history, whole = run(name, step, phase, state)
+        first = 0
+        for one in together:
+            own = slice(first, first := first + len(one.x))
+            one.x, one.history, one.finite[one.taken] = x[own], history[: len(one.history), own], whole[own].all()
+            one.taken += 1
+        for recorder in [one for denoising in recording for one in (denoising.recorder, denoising.mask_recorder)]:
+            if recorder is not None:
+                recorder.keep_step()
+
+    def forget(self) -> None:
+        """Let go of the tensors of the last batch."""
+        self._plans, self._joined = [], None
+
+    def _step(self, phase: Phase, state: State) -> tuple[Tensor, Tensor, Tensor]:
+        return guided_step(self.unet, phase, state)
 
 
-def make_phase(plan: RowPlan, coefficients: Coefficients, shifts: Tensor) -> Phase:
-    """Gather what the steps of a plan share; ``shifts`` (T, sum of C) are the UNet's on the sampler's schedule."""
-    missing = -len(shifts) % _ROOM
-    return Phase(
-        rows=plan.rows,
-        coefficients=coefficients.map(lambda x: F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing))),
-        shifts=F.pad(shifts, (0, 0, 0, missing)),
-    )
+def denoise(stepper: Stepper, denoising: Denoising, on_step: Callable[[int, Tensor], bool]) -> None:
+    """Go from the first step to the last; ``on_step(i, latents of the images)`` after each ends it with False."""
+    while not denoising.is_done:
+        stepper([denoising])
+        if not on_step(denoising.taken - 1, denoising.pictures):
+            return
 
 
 def _recording(
-    unet: UNet2DConditionModel, plan: RowPlan, recorder: Recorder | None, mask_recorder: MaskRecorder | None
+    unet: UNet2DConditionModel, denoising: Denoising
 ) -> Callable[[Phase, State], tuple[Tensor, Tensor, Tensor]]:
     """``guided_step`` that records; each attempt at a step begins anew."""
+    recorder, mask_recorder, plan = denoising.recorder, denoising.mask_recorder, denoising.plan
     observe = None if recorder is None else recorder.watching(plan.watched)
     observe_masks = None if mask_recorder is None else mask_recorder.watching(plan.mixed_images)
 

@@ -16,6 +16,7 @@ from .arguments import Options
 T = TypeVar("T")
 
 _CGROUP = Path("/sys/fs/cgroup")
+_WIDEST = 4  # of a step's memory on a CPU, in skip connections
 _BYTES_OF_PIXELS = 3 * (4 + 4)  # a picture in float32, as decoded and as copied to the host
 
 
@@ -113,6 +114,22 @@ def rows_that_fit(unet: UNet2DConditionModel, height: int, width: int) -> int:
     taken = torch.cuda.max_memory_allocated(like.device) - before
     torch.cuda.empty_cache()
     return torch.cuda.mem_get_info(like.device)[0] // max(1, taken)
+
+
+def batch_rows(unet: UNet2DConditionModel, vae: AutoencoderKL, height: int, width: int) -> int | None:
+    """How many rows of latents (4, height, width) steps may have beside a decoding picture; None where nothing says.
+
+    On a GPU by what one row takes. Elsewhere by the skip connections, and as much again for each of what the widest
+    layers hold at once: their input, both halves of GEGLU, and its product.
+    """
+    device, positions = unet.conv_in.weight.device, height * width
+    if device.type == "cuda":
+        return rows_that_fit(unet, height, width)
+    available = available_bytes(device)
+    if available is None:
+        return None
+    left = available - 2 * positions * vae.config.factor**2 * _vae_bytes_per_pixel(vae)
+    return max(0, left) // (_WIDEST * positions * _unet_bytes_per_position(unet))
 
 
 def out_of_memory(

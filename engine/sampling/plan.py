@@ -18,7 +18,7 @@ from ..methods.dci import DCI
 from ..methods.infusion import Infusion
 from ..models.conditioning import Batch, Following, Mixing, Shared, TextKV
 from ..observe.word_maps import Watched
-from .layout import Layout, Pair
+from .layout import Layout
 from .request import Request
 
 
@@ -85,7 +85,7 @@ def make_plans(
         ValueError: a customised noun is absent from its prompt, ambiguous or cut off.
         NonFiniteError: the text encoder produced NaN or infinity.
     """
-    phases = _phases(request, steps, texts)
+    phases = lay_out(request, steps, texts)
     known = list(dict.fromkeys(owner.text for _, layout in phases for owner in layout.all_owners))
     text_kv = concepts.text_kv(known, texts.encode(known, request.options.weighting))
     plans, before = [], phases[0][1]
@@ -96,8 +96,8 @@ def make_plans(
     return plans
 
 
-def _phases(request: Request, steps: int, texts: Texts) -> list[tuple[int, Layout]]:
-    """The layout of each phase, and for how many steps."""
+def lay_out(request: Request, steps: int, texts: Texts) -> list[tuple[int, Layout]]:
+    """The layout of each phase, and for how many of the ``steps`` evaluations; raises as ``make_plans`` does."""
     ends = {custom.mixing_steps(steps) for custom in request.customizations if isinstance(custom, DCI)}
     phases = []
     for first, last in pairwise(sorted({0, steps} | ends)):
@@ -182,10 +182,9 @@ class _Planner:
         return [attn2.to_q.weight.new_zeros(shape) for attn2, shape in zip(layers, shapes, strict=True)]
 
     def _mixing(self, n_layers: int) -> Mixing:
-        """The pairs' masks and gates; what cannot differ within a batch must be the same for all pairs."""
+        """The pairs' masks and gates."""
         pairs = self.layout.pairs
         first = pairs[0].dci
-        _check_alike(pairs)
         branches = [pair.branches for pair in pairs]
         gates = [(pair.dci.strength, *pair.dci.scales) for pair in pairs]
         chosen = torch.zeros(2 * len(pairs), self.layout.known.encoder.max_length, dtype=torch.bool)
@@ -203,12 +202,3 @@ class _Planner:
 
     def _index(self, values: Sequence[object]) -> Tensor:
         return torch.tensor(values, dtype=torch.int64, device=self.device)
-
-
-def _check_alike(pairs: Sequence[Pair]) -> None:
-    first = pairs[0].dci
-    for pair in pairs:
-        for name in ("preset", "masked", "last_layer_only"):
-            if getattr(pair.dci, name) != getattr(first, name):
-                given = f"{getattr(first, name)!r} and {getattr(pair.dci, name)!r}"
-                raise ValueError(f"{name} must be the same for all DCI images of one request, got {given}")

@@ -17,6 +17,7 @@ from dataclasses import dataclass, fields, replace
 
 import numpy as np
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from .schedule import Schedule
@@ -100,6 +101,18 @@ def step(
     if noise is not None:
         moved = moved + over_latents(coefficients.noise[position].T) * noise.float()
     return moved[0], moved[1:]
+
+
+def join_coefficients(tables: Sequence[Coefficients], n_state: int) -> Coefficients:
+    """Schedules one after the other, with states of ``n_state`` entries, of which shorter ones leave the last alone."""
+
+    def widened(one: Coefficients) -> Coefficients:
+        missing = n_state - one.state.shape[-1]
+        state = F.pad(one.state, (0, missing, 0, missing))
+        return Coefficients(one.input_scale, state, F.pad(one.model, (0, missing)), F.pad(one.noise, (0, missing)))
+
+    parts = [widened(one) for one in tables]
+    return Coefficients(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Coefficients)))
 
 
 def over_latents(factors: Tensor) -> Tensor:

@@ -18,9 +18,10 @@ from benchmarks.systems import default_request
 from engine.backends.graphs import Graphs, run_eagerly, signature
 from engine.engine import Engine
 from engine.methods.concept_cache import Texts
-from engine.sampling.loop import State, guided_step, make_phase
+from engine.sampling.join import make_phase
 from engine.sampling.plan import make_plans
 from engine.sampling.samplers import make_table
+from engine.sampling.step import State, guided_step
 from tests.pipelines import random_concept
 
 
@@ -121,7 +122,7 @@ def test_rows_at_different_steps_share_a_graph(plain: Engine) -> None:
     request = default_request(plain, "a cat", images_per_prompt=2, seed=0)
     (plan,) = make_plans(request, 6, Texts(plain.text_encoder), plain.concepts, plain.device)
     with torch.no_grad():
-        phase = make_phase(plan, table.coefficients, plain.unet.time_shifts(table.timesteps))
+        phase = make_phase(plan.rows, table.coefficients, plain.unet.time_shifts(table.timesteps))
         x, graphs = torch.randn(2, 4, 8, 8), Graphs(lambda: _trace)
         history = torch.randn(1, 2, 4, 8, 8)
 
