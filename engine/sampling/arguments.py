@@ -56,6 +56,14 @@ class Options:
         metavar="S",
         setting=True,
     )
+    guidance_rescale: float = option(
+        0.0,
+        "how far to bring guidance's result back to the contrast of the conditional prediction, 0 to 1; 0.7 is usual "
+        "with models of zero terminal SNR.",
+        partial(check_number, low=0.0, high=1.0),
+        flags=(),
+        setting=True,
+    )
     sampler: str = option(
         "ddim",
         f"one of {', '.join(SAMPLERS)}.",

@@ -103,6 +103,9 @@ def _check_together(options: Options) -> None:
         raise ValueError(
             f"eta belongs to the ddim sampler alone, got eta={options.eta} with sampler={options.sampler!r}"
         )
+    if options.guidance_rescale and options.guidance_scale == 1:
+        rule = "guidance_rescale needs a guidance_scale above 1, whose result it rescales"
+        raise ValueError(f"{rule}, got guidance_rescale={options.guidance_rescale}")
     if options.image is None and options.strength != DEFAULT_STRENGTH:
         raise ValueError(f"strength belongs to image-to-image: give an image too, got strength={options.strength}")
     if options.image is not None and options.latents is not None:

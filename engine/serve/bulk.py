@@ -34,6 +34,7 @@ _OPTIONS = (
     "negative_prompt",
     "steps",
     "guidance_scale",
+    "guidance_rescale",
     "sampler",
     "schedule",
     "eta",

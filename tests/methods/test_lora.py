@@ -11,6 +11,7 @@ import engine
 from engine.backends.graphs import Graphs
 from engine.backends.packed_weights import PackedConv2d
 from engine.cli import main
+from engine.methods.lora import read_changes
 from engine.models.transformer import Transformer2DModel
 from engine.models.unet import UNet2DConditionModel
 from tests.loras import write_kohya
@@ -93,6 +94,13 @@ def test_merging_happens_before_rounding(small_folder: Path, small: engine.Engin
     rounded = engine.load(small_folder, dtype="bfloat16", loras=[lora]).unet.state_dict()
     for name, weight in small.with_loras([lora]).unet.state_dict().items():
         assert torch.equal(rounded[name], weight.bfloat16()), name
+
+
+def test_rounded_weights_are_merged_in_float32_too(small_folder: Path, style: Path) -> None:
+    sd, lora = engine.load(small_folder, dtype="bfloat16"), engine.LoRA(style, 0.5)
+    after, changes = sd.with_loras([lora]), read_changes([lora], sd.unet.config, sd.unet, sd.text_encoder.model)[0]
+    for name, weight in sd.unet.state_dict().items():
+        assert torch.equal(after.unet.state_dict()[name], changes(name, weight.float()).bfloat16()), name
 
 
 def test_loras_on_loras(small: engine.Engine, style: Path) -> None:

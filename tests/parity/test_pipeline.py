@@ -1,5 +1,7 @@
 """Whole trajectories against diffusers' pipelines: same prompts, same seeds, same latents and pictures."""
 
+import json
+
 import diffusers
 import numpy as np
 import pytest
@@ -69,6 +71,41 @@ def test_every_shape(tmp_path, shape: str) -> None:
     out = engine.load(tmp_path).generate("a cat", steps=20, guidance_scale=1.0, seed=3, output="numpy", progress=False)
     assert np.abs(out.images - expected).max() <= 1e-3
     assert out.images.shape == expected.shape
+
+
+@pytest.mark.parametrize("rescale", [0.3, 1.0])
+def test_guidance_rescale(both, rescale: float) -> None:
+    pipeline, sd = both
+    _use(pipeline, "ddim")
+    options = {"guidance_scale": 7.5, "guidance_rescale": rescale}
+    prompts = ["a red cat", "a dog on a beach"]
+    expected = pipeline(
+        prompts, num_inference_steps=6, generator=_generators([1, 2]), output_type="latent", **options
+    ).images
+    out = sd.generate(prompts, steps=6, seed=1, output="latent", progress=False, **options)
+    assert relative_error(out.latents, expected) <= _TOLERANCE
+    plain = sd.generate(prompts, steps=6, seed=1, guidance_scale=7.5, output="latent", progress=False)
+    assert relative_error(plain.latents, expected) > 0.05
+
+
+def test_zero_terminal_snr(tmp_path) -> None:
+    """A model of v-prediction from no signal, as SD 2.1's fine-tunes have it, on its own scheduler file."""
+    pipeline = save_pipeline("narrow", tmp_path)
+    config = {
+        **SD_V1_5_SCHEDULER,
+        "prediction_type": "v_prediction",
+        "rescale_betas_zero_snr": True,
+        "timestep_spacing": "trailing",
+    }
+    (tmp_path / "scheduler" / "scheduler_config.json").write_text(json.dumps(config))
+    pipeline.scheduler = diffusers.DDIMScheduler.from_config(config)
+    options = {"guidance_scale": 7.5, "guidance_rescale": 0.7}
+    expected = pipeline(
+        "a cat", num_inference_steps=6, generator=_generators([1]), output_type="latent", **options
+    ).images
+    sd = engine.load(tmp_path)
+    out = sd.generate("a cat", steps=6, seed=1, output="latent", progress=False, **options)
+    assert relative_error(out.latents, expected) <= _TOLERANCE
 
 
 @pytest.mark.parametrize("eta", [0.5, 1.0])

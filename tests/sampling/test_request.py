@@ -33,6 +33,8 @@ _PICTURE = Image.new("RGB", (16, 16))
         ({"guidance_scale": 1, "negative_prompt": "dark"}, "negative_prompt needs a guidance_scale above 1"),
         ({"vae_tiling": True, "output": "latent"}, "which output='latent' does not run"),
         ({"sampler": "dpm_fast"}, "sampler must be one of ddim, pndm, euler"),
+        ({"guidance_rescale": 1.5}, "guidance_rescale must be a finite number from 0 to 1, got 1.5"),
+        ({"guidance_rescale": 0.5, "guidance_scale": 1}, "guidance_rescale needs a guidance_scale above 1"),
         ({"sampler": None}, "sampler must be one of"),
         ({"schedule": "simple"}, "schedule must be one of karras, exponential, beta, ays, sgm_uniform, got 'simple'"),
         (
