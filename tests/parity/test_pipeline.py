@@ -85,7 +85,7 @@ def test_guidance_rescale(both, rescale: float) -> None:
     out = sd.generate(prompts, steps=6, seed=1, output="latent", progress=False, **options)
     assert relative_error(out.latents, expected) <= _TOLERANCE
     plain = sd.generate(prompts, steps=6, seed=1, guidance_scale=7.5, output="latent", progress=False)
-    assert relative_error(plain.latents, expected) > 0.05
+    assert relative_error(plain.latents, expected) > 1e-3
 
 
 def test_zero_terminal_snr(tmp_path) -> None:
