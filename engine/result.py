@@ -31,6 +31,7 @@ _A1111_SAMPLERS = {
     "ddpm": "DDPM",
     "unipc": "UniPC",
     "lcm": "LCM",
+    "tcd": "TCD",
 }
 _A1111_SCHEDULES = {
     "karras": "Karras",

@@ -42,6 +42,7 @@ SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "deis": (diffusers.DEISMultistepScheduler, {}),
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
     "lcm": (diffusers.LCMScheduler, {}),
+    "tcd": (diffusers.TCDScheduler, {}),
 }
 _ATTENTION_DOWN, _PLAIN_DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 _ATTENTION_UP, _PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"

@@ -83,7 +83,7 @@ class Options:
     )
     eta: float = option(
         0.0,
-        "ddim's share of fresh noise, 0 to 1.",
+        "ddim's and tcd's share of fresh noise, 0 to 1; for models with a TCD LoRA 0.3 is usual.",
         partial(check_number, low=0.0, high=1.0),
         flags=(),
         setting=True,

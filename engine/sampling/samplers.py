@@ -10,7 +10,7 @@ import numpy as np
 
 from ..models.config import ScheduleConfig
 from .schedule import PRK_STEPS, Schedule, make_schedule
-from .stochastic import dpmpp_2m_sde, dpmpp_sde, euler_ancestral, lcm
+from .stochastic import dpmpp_2m_sde, dpmpp_sde, euler_ancestral, lcm, tcd
 from .table import SamplerTable, TableWriter
 
 
@@ -257,7 +257,9 @@ SAMPLERS: dict[str, Sampler] = {
     "unipc": Sampler("multistep", _unipc, least_signal=_LEAST_SIGNAL),
     "ddpm": Sampler("ddim", _ddpm, "leading", least_signal=0.0),
     "lcm": Sampler("lcm", lcm, "leading", least_signal=0.0),
+    "tcd": Sampler("lcm", tcd, "leading", least_signal=0.0),
 }
+WITH_ETA = ("ddim", "tcd")
 
 
 def make_table(
@@ -269,16 +271,16 @@ def make_table(
         name: one of ``SAMPLERS``.
         config: the model's training schedule.
         steps: length of the whole schedule.
-        eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
+        eta: share of fresh noise of those ``WITH_ETA``, 0 (deterministic) to 1; TCD's paper calls it gamma.
         begin: first step taken; image-to-image skips the ones before it.
         schedule: one of ``SCHEDULES``; where not given, the config's.
     """
-    if eta and name != "ddim":
-        raise ValueError(f"eta belongs to the ddim sampler alone, got eta={eta} with sampler={name!r}")
+    if eta and name not in WITH_ETA:
+        raise ValueError(f"eta belongs to {' and '.join(WITH_ETA)} alone, got eta={eta} with sampler={name!r}")
     sampler, spacing = SAMPLERS[name], _spacing(name, schedule)
     said = {key: default for key, default in sampler.defaults.items() if getattr(config, key) is None}
     laid_out = make_schedule(replace(config, **said), sampler.family, steps, spacing, sampler.least_signal)
-    options = {"eta": eta} if name == "ddim" else {}
+    options = {"eta": eta} if name in WITH_ETA else {}
     return sampler.write(laid_out, sampler.evaluations_per_step * begin, **options)
 
 

@@ -79,7 +79,7 @@ def guided_step(
 
 
 def rescale_guidance(guided: Tensor, conditional: Tensor, share: Tensor) -> Tensor:
-    """Bring guidance's result back to the conditional prediction's contrast (Lin et al. 2024, arXiv:2305.08891, sec. 3.4).
+    """Bring guidance's result to the conditional prediction's contrast (Lin et al. 2024, arXiv:2305.08891, sec. 3.4).
 
     Args:
         guided, conditional: predictions (P, 4, h, w), float32.

@@ -80,3 +80,18 @@ def lcm(schedule: Schedule, begin: int) -> SamplerTable:
         alpha, sigma = (1.0, 0.0) if i == final else (schedule.alphas[i + 1], schedule.sigmas[i + 1])
         table.write(i, [alpha * denoised], sigma)
     return table.finish(len(table.steps) - 1)
+
+
+def tcd(schedule: Schedule, begin: int, eta: float) -> SamplerTable:
+    """Strategic stochastic sampling of trajectory consistency (Zheng et al. 2024, arXiv:2402.19159, algorithm 4).
+
+    Each step goes beyond the next timestep, to ``(1 - eta)`` of it, and back to it by fresh noise.
+    """
+    table = TableWriter(schedule, begin, n_history=0)
+    after = np.append(schedule.timesteps[1:], 0)
+    for i in table.steps:
+        x0, eps = table.prediction(i)
+        (alpha, sigma), (alpha_next, _) = schedule.level(np.floor((1 - eta) * after[i])), schedule.level(after[i])
+        share = alpha_next / alpha if i < len(after) - 1 else 1.0
+        table.write(i, [share * (alpha * x0 + sigma * eps)], np.sqrt(1 - share**2))
+    return table.finish(len(table.steps) - 1 if eta else 0)

@@ -16,6 +16,7 @@ from tests.loras import write_kohya
 from tests.pipelines import encode, relative_error, save_pipeline
 
 _TOLERANCE = 2e-5
+_FUSED = "load_lora_weights and fuse_lora"
 _PROMPT = "a cat on a beach"
 _UNET_LAYERS = ["to_q", "to_k", "to_out.0", "conv1", "proj_in", "time_emb_proj", "ff.net.0.proj"]
 _TEXT_LAYERS = ["q_proj", "out_proj", "fc1"]
@@ -73,11 +74,12 @@ def _fused(pipeline, files: dict[Path, float]) -> tuple:
     return pipeline.unet, encode(pipeline, _PROMPT)
 
 
-def test_kohya_several_at_once(sd: engine.Engine, pipeline, tmp_path: Path) -> None:
+def test_kohya_several_at_once(sd: engine.Engine, pipeline, tmp_path: Path, agrees) -> None:
     first = write_kohya(sd, tmp_path / "first.safetensors")
     second = write_kohya(sd, tmp_path / "second.safetensors", lambda name: "attn" in name, rank=2, alpha=5.0, seed=1)
     loras = [engine.LoRA(first, 0.7), engine.LoRA(second, -0.4)]
-    assert max(_errors(sd.with_loras(loras), *_fused(pipeline, {first: 0.7, second: -0.4}), sd)) <= _TOLERANCE
+    errors = _errors(sd.with_loras(loras), *_fused(pipeline, {first: 0.7, second: -0.4}), sd)
+    agrees("LoRA, kohya's layout, two at once", _FUSED, max(errors), _TOLERANCE)
 
 
 def test_loading_with_loras(folder: Path, sd: engine.Engine, pipeline, tmp_path: Path) -> None:
@@ -104,12 +106,13 @@ def _save(pipeline, folder: Path, convert=lambda state: state, **metadata) -> Pa
     [(lambda state: state, _UNET_LAYERS), (convert_state_dict_to_diffusers, ["to_q", "to_k", "to_out.0"])],
     ids=["now", "before"],
 )
-def test_diffusers_own_files(sd: engine.Engine, pipeline, tmp_path: Path, convert, layers: list[str]) -> None:
+def test_diffusers_own_files(sd: engine.Engine, pipeline, tmp_path: Path, convert, layers: list[str], agrees) -> None:
     """Without metadata alpha is the rank. diffusers itself reads of its old layout the attention layers alone."""
     other = copy.deepcopy(pipeline)
     _adapters(other, layers)
     path = _save(other, tmp_path, convert)
-    assert max(_errors(sd.with_loras([engine.LoRA(path, 0.8)]), *_fused(pipeline, {path: 0.8}), sd)) <= _TOLERANCE
+    errors = _errors(sd.with_loras([engine.LoRA(path, 0.8)]), *_fused(pipeline, {path: 0.8}), sd)
+    agrees("LoRA, diffusers' layouts", _FUSED, max(errors), _TOLERANCE)
 
 
 @pytest.mark.parametrize(
@@ -125,17 +128,19 @@ def test_diffusers_own_files(sd: engine.Engine, pipeline, tmp_path: Path, conver
     ],
     ids=["plain", "patterns", "dora"],
 )
-def test_diffusers_files_with_metadata(sd: engine.Engine, pipeline, tmp_path: Path, options: dict) -> None:
+def test_diffusers_files_with_metadata(sd: engine.Engine, pipeline, tmp_path: Path, options: dict, agrees) -> None:
     other = copy.deepcopy(pipeline)
     _adapters(other, **options)
     unet = other.unet.peft_config["default"].to_dict()
     text = LoraConfig(r=3, lora_alpha=1, target_modules=_TEXT_LAYERS).to_dict()
     path = _save(other, tmp_path, unet_lora_adapter_metadata=unet, text_encoder_lora_adapter_metadata=text)
     # a folder is as good as its file
-    assert max(_errors(sd.with_loras([engine.LoRA(tmp_path, 0.8)]), *_fused(pipeline, {path: 0.8}), sd)) <= _TOLERANCE
+    errors = _errors(sd.with_loras([engine.LoRA(tmp_path, 0.8)]), *_fused(pipeline, {path: 0.8}), sd)
+    what = "DoRA" if options.get("use_dora") else "LoRA"
+    agrees(f"{what}, diffusers' layout with metadata", _FUSED, max(errors), _TOLERANCE)
 
 
-def test_two_doras_at_once(sd: engine.Engine, pipeline, tmp_path: Path) -> None:
+def test_two_doras_at_once(sd: engine.Engine, pipeline, tmp_path: Path, agrees) -> None:
     """Norms are those of the weight without the other, and the second one scales what the first one left."""
     files = {}
     for seed, weight in ((0, 0.8), (1, -0.5)):
@@ -147,7 +152,7 @@ def test_two_doras_at_once(sd: engine.Engine, pipeline, tmp_path: Path) -> None:
         metadata = {"unet_lora_adapter_metadata": unet, "text_encoder_lora_adapter_metadata": text}
         files[_save(other, tmp_path / str(seed), **metadata)] = weight
     actual = sd.with_loras([engine.LoRA(path, weight) for path, weight in files.items()])
-    assert max(_errors(actual, *_fused(pipeline, files), sd)) <= _TOLERANCE
+    agrees("DoRA, two at once", _FUSED, max(_errors(actual, *_fused(pipeline, files), sd)), _TOLERANCE)
 
 
 def test_a_unet_saved_by_itself(sd: engine.Engine, pipeline, tmp_path: Path) -> None:
@@ -163,7 +168,7 @@ def test_a_unet_saved_by_itself(sd: engine.Engine, pipeline, tmp_path: Path) -> 
     assert actual.text_encoder is sd.text_encoder
 
 
-def test_old_attention_processors(sd: engine.Engine, pipeline, tmp_path: Path) -> None:
+def test_old_attention_processors(sd: engine.Engine, pipeline, tmp_path: Path, agrees) -> None:
     """diffusers' first layout, of keys "<attention>.processor.to_q_lora.down.weight"."""
     kohya = load_file(write_kohya(sd, tmp_path / "kohya.safetensors", lambda name: ".to_" in name, None))
     names = [
@@ -184,7 +189,8 @@ def test_old_attention_processors(sd: engine.Engine, pipeline, tmp_path: Path) -
             tensors[f"text_encoder.text_model.encoder.layers.{name}"] = tensor
     save_file(tensors, tmp_path / "old.safetensors")
     path = tmp_path / "old.safetensors"
-    assert max(_errors(sd.with_loras([engine.LoRA(path)]), *_fused(pipeline, {path: 1.0}), sd)) <= _TOLERANCE
+    errors = _errors(sd.with_loras([engine.LoRA(path)]), *_fused(pipeline, {path: 1.0}), sd)
+    agrees("LoRA, diffusers' attention processors", _FUSED, max(errors), _TOLERANCE)
 
 
 def test_names_of_the_original_layout(sd: engine.Engine, tmp_path: Path) -> None:
@@ -216,7 +222,7 @@ def test_names_of_the_original_layout(sd: engine.Engine, tmp_path: Path) -> None
     ],
     ids=["lora", "dora", "loha", "lokr", "lokr whole"],
 )
-def test_peft_own_files(sd: engine.Engine, pipeline, tmp_path: Path, config, network: str) -> None:
+def test_peft_own_files(sd: engine.Engine, pipeline, tmp_path: Path, config, network: str, agrees) -> None:
     config = copy.deepcopy(config)
     config.target_modules = _UNET_LAYERS if network == "unet" else _TEXT_LAYERS
     model = get_peft_model(getattr(pipeline, network), config)
@@ -228,6 +234,6 @@ def test_peft_own_files(sd: engine.Engine, pipeline, tmp_path: Path, config, net
     before, after = (one.state_dict() for one in networks)
     changed = [name for name in after if not torch.equal(before[name], after[name])]
     assert len(changed) >= 6
-    for name in changed:
-        assert relative_error(after[name], expected[name]) <= 1e-6, name
+    error = max(relative_error(after[name], expected[name]) for name in changed)
+    agrees(f"peft's {type(config).__name__.removesuffix('Config')}, weights", "merge_and_unload", error, 1e-6)
     assert all(torch.equal(after[name], expected[name]) for name in after.keys() - set(changed))

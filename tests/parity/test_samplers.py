@@ -11,7 +11,7 @@ from diffusers.schedulers import AysSchedules
 from torch import Tensor
 
 from engine.models.config import ScheduleConfig
-from engine.sampling.samplers import SAMPLERS, make_table
+from engine.sampling.samplers import SAMPLERS, WITH_ETA, make_table
 from engine.sampling.table import SamplerTable, step
 from tests.pipelines import SCHEDULER, SCHEDULERS, SD_V1_5_SCHEDULER, relative_error
 
@@ -31,7 +31,7 @@ def _ours(table: SamplerTable, latents: Tensor, draws: list[Tensor], image: Tens
     return x
 
 
-_WITH_GENERATOR = ("ddim", "ddpm", "euler_ancestral", "dpmpp_2m_sde", "lcm")
+_WITH_GENERATOR = ("ddim", "ddpm", "euler_ancestral", "dpmpp_2m_sde", "lcm", "tcd")
 
 
 class _BrownianPath:
@@ -91,7 +91,7 @@ def _theirs(scheduler, name: str, latents: Tensor, seed: int, eta: float, begin:
     for timestep in timesteps:
         prediction = _model(scheduler.scale_model_input(x, timestep), timestep)
         options = {"generator": generator} if name in _WITH_GENERATOR else {}
-        if name == "ddim":
+        if name in WITH_ETA:
             options["eta"] = eta
         x = scheduler.step(prediction, timestep, x, **options).prev_sample
     return x
@@ -117,8 +117,9 @@ def test_whole_trajectory(name: str, steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 20, 31, 50])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_on_sd_v1_5_own_file(name: str, steps: int) -> None:
-    assert _compare(name, SD_V1_5_SCHEDULER, steps) <= 1e-5
+def test_on_sd_v1_5_own_file(name: str, steps: int, agrees) -> None:
+    against = SCHEDULERS[name][0].__name__ + "".join(f", {key}={value!r}" for key, value in SCHEDULERS[name][1].items())
+    agrees(f"sampler `{name}`", against, _compare(name, SD_V1_5_SCHEDULER, steps), 1e-5)
 
 
 @pytest.mark.parametrize("begin", [1, 4])
@@ -157,15 +158,16 @@ def test_pndm_refusals() -> None:
 
 
 @pytest.mark.parametrize("steps", [100, 250])
-@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"lcm"}))
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"lcm", "tcd"}))
 def test_many_steps(name: str, steps: int) -> None:
     assert _compare(name, SCHEDULER, steps) <= 1e-5
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 @pytest.mark.parametrize("steps", [2, 20])
-def test_ddim_eta(steps: int, eta: float) -> None:
-    assert _compare("ddim", SCHEDULER, steps, eta) <= 1e-5
+@pytest.mark.parametrize("name", WITH_ETA)
+def test_eta(name: str, steps: int, eta: float) -> None:
+    assert _compare(name, SCHEDULER, steps, eta) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -12,7 +12,7 @@ from engine.sampling.schedule import SCHEDULES
 from tests.parity.test_samplers import _compare
 from tests.pipelines import SCHEDULER, SD_V1_5_SCHEDULER
 
-_BY_TIMESTEP = ("ddim", "ddpm", "pndm", "lcm")
+_BY_TIMESTEP = ("ddim", "ddpm", "pndm", "lcm", "tcd")
 _BY_LEVEL = [name for name in SAMPLERS if name not in (*_BY_TIMESTEP, "dpmpp_2m_karras")]
 _ZERO_SNR = {**SD_V1_5_SCHEDULER, "rescale_betas_zero_snr": True, "prediction_type": "v_prediction"}
 _WITH_ZERO_SNR = [name for name, sampler in SAMPLERS.items() if sampler.least_signal is not None]
@@ -21,20 +21,23 @@ _WITH_ZERO_SNR = [name for name, sampler in SAMPLERS.items() if sampler.least_si
 @pytest.mark.parametrize("steps", [1, 2, 8, 20])
 @pytest.mark.parametrize("schedule", ["karras", "exponential", "beta"])
 @pytest.mark.parametrize("name", _BY_LEVEL)
-def test_noise_levels(name: str, schedule: str, steps: int) -> None:
+def test_noise_levels(name: str, schedule: str, steps: int, agrees) -> None:
     for config in (SCHEDULER, SD_V1_5_SCHEDULER):
-        assert _compare(name, config, steps, schedule=schedule) <= 1e-5
+        error = _compare(name, config, steps, schedule=schedule)
+        agrees(f"schedule `{schedule}`", f"schedulers with use_{schedule}_sigmas", error, 1e-5)
 
 
 @pytest.mark.parametrize("steps", [1, 4, 17])
-@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"lcm", "dpmpp_2m_karras"}))
-def test_sgm_uniform(name: str, steps: int) -> None:
-    assert _compare(name, SD_V1_5_SCHEDULER, steps, schedule="sgm_uniform") <= 1e-5
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"lcm", "tcd", "dpmpp_2m_karras"}))
+def test_sgm_uniform(name: str, steps: int, agrees) -> None:
+    error = _compare(name, SD_V1_5_SCHEDULER, steps, schedule="sgm_uniform")
+    agrees("schedule `sgm_uniform`", "schedulers with timestep_spacing='trailing'", error, 1e-5)
 
 
 @pytest.mark.parametrize("name", ["euler", "euler_ancestral", "heun", "dpmpp_2m", "dpmpp_2m_sde"])
-def test_align_your_steps(name: str) -> None:
-    assert _compare(name, SD_V1_5_SCHEDULER, 10, schedule="ays") <= 1e-5
+def test_align_your_steps(name: str, agrees) -> None:
+    error = _compare(name, SD_V1_5_SCHEDULER, 10, schedule="ays")
+    agrees("schedule `ays`, 10 steps", "schedulers with timesteps=AysSchedules", error, 1e-5)
 
 
 def test_align_your_steps_in_other_numbers() -> None:
@@ -56,10 +59,11 @@ def test_from_a_picture(name: str, schedule: str) -> None:
 
 @pytest.mark.parametrize("spacing", ["leading", "trailing", "linspace"])
 @pytest.mark.parametrize("name", _WITH_ZERO_SNR)
-def test_zero_terminal_snr(name: str, spacing: str) -> None:
+def test_zero_terminal_snr(name: str, spacing: str, agrees) -> None:
     tolerance = 1e-5 if name != "euler" else 3e-5  # it begins at a noise level of 4096, in float32
-    assert _compare(name, {**_ZERO_SNR, "timestep_spacing": spacing}, 12) <= tolerance
-    assert _compare(name, {**_ZERO_SNR, "timestep_spacing": spacing}, 12, begin=2) <= 1e-5
+    for begin in (0, 2):
+        error = _compare(name, {**_ZERO_SNR, "timestep_spacing": spacing}, 12, begin=begin)
+        agrees("zero terminal SNR, v-prediction", "schedulers with rescale_betas_zero_snr", error, tolerance)
 
 
 def test_zero_terminal_snr_starts_from_noise_alone() -> None:
@@ -78,7 +82,7 @@ def test_samplers_that_know_no_zero_terminal_snr(name: str) -> None:
 def test_refusals() -> None:
     config = ScheduleConfig.from_dict(SD_V1_5_SCHEDULER)
     for name in _BY_TIMESTEP:
-        for schedule in set(SCHEDULES) - ({"sgm_uniform"} if name != "lcm" else set()):
+        for schedule in set(SCHEDULES) - ({"sgm_uniform"} if name not in ("lcm", "tcd") else set()):
             with pytest.raises(ValueError, match=f"schedule must be left out, or .*, got {schedule!r} with"):
                 make_table(name, config, 5, schedule=schedule)
     with pytest.raises(ValueError, match="'dpmpp_2m_karras' has the schedule 'karras', got schedule='beta'"):

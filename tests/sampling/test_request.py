@@ -42,7 +42,7 @@ _PICTURE = Image.new("RGB", (16, 16))
             "schedule must be left out, or go with a sampler that takes it, got 'karras' with ddim",
         ),
         ({"eta": 1.5}, "eta must be a finite number from 0 to 1, got 1.5"),
-        ({"eta": 0.5, "sampler": "euler"}, "eta belongs to the ddim sampler alone"),
+        ({"eta": 0.5, "sampler": "euler"}, "eta belongs to ddim and tcd alone, got eta=0.5 with sampler='euler'"),
         ({"height": 20}, "height must be a multiple of 2"),
         ({"width": 500.0}, "width must be an integer >= 1, got 500.0"),
         ({"width": 0}, "width must be an integer >= 1, got 0"),
