@@ -71,7 +71,7 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
 
 def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``engine.load``."""
-    names = ("model", "device", "dtype", "backend", "config")
+    names = ("model", "device", "dtype", "backend", "config", "vae")
     return {name: getattr(arguments, name) for name in names} | {"loras": [_lora(text) for text in arguments.loras]}
 
 

@@ -25,6 +25,7 @@ from .text.encoder import TextEncoder
 from .warn import warn
 from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.tensors import load_module
+from .weights.vae_file import with_vae
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = ("auto", "torch", "native", "triton")
@@ -38,6 +39,7 @@ def load(
     backend: str = "auto",
     graphs: bool | None = None,
     config: str | Path | None = None,
+    vae: str | Path | None = None,
     max_pixels: int = MAX_PIXELS,
     loras: Sequence[LoRA] = (),
 ) -> Engine:
@@ -54,6 +56,7 @@ def load(
             unless given, with backend "triton".
         config: for a single file, a diffusers folder whose configs and tokenizer to use; the file's own folder where it
             is one. Without any, sizes are read from the tensors' shapes and the rest is SD v1.5's.
+        vae: another VAE than the model's: a diffusers folder, or a ``.safetensors`` file in either layout.
         max_pixels: the largest height x width that ``generate`` takes.
         loras: merged in float32 into the weights as the files have them, then cast; ``Engine.with_loras`` adds later.
 
@@ -70,23 +73,27 @@ def load(
     if graphs and where.type != "cuda":
         raise RuntimeError(f"graphs need a CUDA device, got {where}; leave graphs out")
     checkpoint = open_checkpoint(model, config, prefer_fp16=kind == torch.float16)
+    if vae is not None:
+        checkpoint = with_vae(checkpoint, Path(vae), prefer_fp16=kind == torch.float16)
     _check_fit(checkpoint)
     with torch.device("meta"):
         unet = UNet2DConditionModel(checkpoint.unet_config, ops)
-        vae = AutoencoderKL(checkpoint.vae_config, ops)
+        autoencoder = AutoencoderKL(checkpoint.vae_config, ops)
         text = _text_model(checkpoint)
     of_unet, of_text = read_changes(loras, checkpoint.unet_config, unet, text)
     text_encoder = _load_text_encoder(checkpoint, text, where, kind, of_text)
     load_module(unet, checkpoint.unet, where, kind, of_unet)
-    load_module(vae, checkpoint.vae, where, kind)
+    load_module(autoencoder, checkpoint.vae, where, kind)
     if ops.name == "native":
         pack_convolutions(unet)
-        pack_convolutions(vae)
+        pack_convolutions(autoencoder)
     if ops.name == "triton":
         unet.compose()
     has_graphs = ops.name == "triton" if graphs is None else graphs
     captured = Graphs(lambda: CudaCapture(where)) if has_graphs else None
-    return Engine(checkpoint.name, unet, vae, text_encoder, checkpoint.schedule, ops, captured, max_pixels, loras)
+    return Engine(
+        checkpoint.name, unet, autoencoder, text_encoder, checkpoint.schedule, ops, captured, max_pixels, loras
+    )
 
 
 def _check_fit(checkpoint: Checkpoint) -> None:

@@ -29,9 +29,7 @@ def _blocks(page: Path, language: str) -> list[str]:
 
 
 @pytest.fixture
-def desk(
-    small: engine.Engine, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
-) -> Iterator[None]:
+def desk(small: engine.Engine, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """A folder with what the snippets name: a model, here a tiny one, a LoRA, and pictures to learn from."""
     monkeypatch.chdir(tmp_path)
     Path("path/to").mkdir(parents=True)
