@@ -14,11 +14,17 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from benchmarks import compatibility
 from benchmarks.machine import RESULTS
 from benchmarks.tinyworld.evaluate import interval
 
 ROOT = Path(__file__).parent.parent
-PAGES = (ROOT / "README.md", ROOT / "docs" / "performance.md", ROOT / "docs" / "studies.md")
+PAGES = (
+    ROOT / "README.md",
+    ROOT / "docs" / "performance.md",
+    ROOT / "docs" / "studies.md",
+    ROOT / "docs" / "compatibility.md",
+)
 _GPU_TARGETS: dict[str, tuple[float, ...]] = {  # floor, must and goal, where there are any
     "guided_step": (2.03, 5.3, 3.7),
     "infusion_parallel_1": (3.98, 10.0, 6.8),
@@ -50,6 +56,7 @@ def tables() -> dict[str, str]:
 
     return {
         "summary": summary(results),
+        "compatibility": each(compatibility.PROPERTY, compatibility.show),
         "speed": each("records", _speed),
         "methods": each("records", _methods),
         "ops": each("records", _ops),

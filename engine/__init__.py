@@ -23,9 +23,10 @@ if TYPE_CHECKING:
     from .loading import generate, load
     from .methods.concept import Concept
     from .methods.dci import DCI
-    from .methods.foreign import import_custom_diffusion, import_textual_inversion
+    from .methods.foreign import import_custom_diffusion, import_lora, import_textual_inversion
     from .methods.ico import ICO
     from .methods.infusion import Infusion
+    from .methods.lora import LoRA
     from .result import Result
     from .sampling.samplers import SAMPLERS
     from .serve.scheduler import Scheduler
@@ -42,6 +43,7 @@ _HOMES = {
     "Engine": "engine",
     "ICO": "methods.ico",
     "Infusion": "methods.infusion",
+    "LoRA": "methods.lora",
     "NonFiniteError": "errors",
     "OutOfMemoryError": "errors",
     "QueueFullError": "errors",
@@ -51,6 +53,7 @@ _HOMES = {
     "UnknownArgumentError": "errors",
     "generate": "loading",
     "import_custom_diffusion": "methods.foreign",
+    "import_lora": "methods.foreign",
     "import_textual_inversion": "methods.foreign",
     "load": "loading",
     "train_ico": "train.ico",
@@ -66,6 +69,7 @@ __all__ = [
     "DeadlineError",
     "Engine",
     "Infusion",
+    "LoRA",
     "NonFiniteError",
     "OutOfMemoryError",
     "QueueFullError",
@@ -76,6 +80,7 @@ __all__ = [
     "__version__",
     "generate",
     "import_custom_diffusion",
+    "import_lora",
     "import_textual_inversion",
     "load",
     "train_ico",

@@ -44,9 +44,12 @@ def _parser() -> argparse.ArgumentParser:
     model = argparse.ArgumentParser(add_help=False)
     model.add_argument("--model", help="diffusers folder, .safetensors file or hub id (default: the embedded model)")
     model.add_argument("--config", help="for a .safetensors file: a diffusers folder with its configs and tokenizer")
+    model.add_argument("--vae", help="another VAE: a diffusers folder or a .safetensors file (default: the model's)")
     model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     model.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float16 on a GPU, float32 on a CPU)")
     model.add_argument("--backend", default="auto", help=f"{', '.join(BACKENDS)} (default: auto)")
+    help = "merge this LoRA into the weights, with a factor (default: 1); may be repeated"
+    model.add_argument("--lora", dest="loras", action="append", default=[], metavar="FILE[:F]", help=help)
 
     generate = commands.add_parser("generate", parents=[model], help="draw pictures from prompts")
     generate.add_argument("prompts", nargs="+", metavar="prompt")
@@ -158,6 +161,7 @@ _TYPES: dict[str, Any] = {
     "seed": _seeds,
     "size": int,
     "initial_tokens": str,
+    "schedule": str,
 }  # by option, where it is not the default's
 
 

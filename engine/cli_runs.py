@@ -11,6 +11,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import check_choice, check_integer
+from .methods.lora import LoRA
 
 
 def add_batch(parser: argparse.ArgumentParser) -> None:
@@ -101,7 +102,20 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
 
 def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``engine.load``."""
-    return {name: getattr(arguments, name) for name in ("model", "device", "dtype", "backend", "config")}
+    names = ("model", "device", "dtype", "backend", "config", "vae")
+    return {name: getattr(arguments, name) for name in names} | {"loras": [_lora(text) for text in arguments.loras]}
+
+
+def _lora(text: str) -> LoRA:
+    """``FILE`` or ``FILE:WEIGHT``."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return LoRA(text)
+    try:
+        factor = float(weight)
+    except ValueError as error:
+        raise ValueError(f"lora must be FILE or FILE:WEIGHT with a number, got {text!r}") from error
+    return LoRA(path, factor)
 
 
 def _batch(arguments: argparse.Namespace) -> int:

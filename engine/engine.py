@@ -18,6 +18,7 @@ from .backends.graphs import CAPTURING, Graphs, Run, Warmup, run_eagerly
 from .backends.ops import Ops
 from .errors import NonFiniteError, OutOfMemoryError
 from .methods.concept_cache import ConceptCache, Texts
+from .methods.lora import LoRA, apply_loras
 from .models.config import ScheduleConfig
 from .models.unet import UNet2DConditionModel
 from .models.vae import AutoencoderKL
@@ -51,6 +52,7 @@ class Engine:
         limits: what requests it accepts.
         graphs: the CUDA graphs of what ``generate`` has run; None where it runs without.
         name: what the model was loaded from.
+        loras: the LoRAs in its weights.
     """
 
     def __init__(
@@ -63,8 +65,9 @@ class Engine:
         backend: Ops,
         graphs: Graphs | None = None,
         max_pixels: int = MAX_PIXELS,
+        loras: Sequence[LoRA] = (),
     ) -> None:
-        self.name, self.unet, self.vae, self.text_encoder = name, unet, vae, text_encoder
+        self.name, self.unet, self.vae, self.text_encoder, self.loras = name, unet, vae, text_encoder, tuple(loras)
         self.schedule, self.backend, self.graphs = schedule, backend, graphs
         self.device, self.dtype = unet.conv_in.weight.device, unet.conv_in.weight.dtype
         self.concepts, self.timetables = ConceptCache(unet), Timetables(unet, schedule)
@@ -106,7 +109,7 @@ class Engine:
     def begin(self, request: Request, clock: StageClock) -> Denoising:
         """The stages of ``generate`` before the loop: texts, rows and starts."""
         asked = request.options
-        timetable = self.timetables(asked.sampler, asked.steps, asked.eta, request.begin)
+        timetable = self.timetables(asked.sampler, asked.steps, asked.eta, request.begin, asked.schedule)
         with clock("text"):
             plans = make_plans(request, len(timetable), Texts(self.text_encoder), self.concepts, self.device)
         with clock("encode"):
@@ -158,6 +161,13 @@ class Engine:
         """Encode prompts to (B, 77, E), with their token weights applied by the rule that ``generate`` takes."""
         given = [prompts] if isinstance(prompts, str) else prompts
         return self.text_encoder.encode([self.text_encoder.tokenize(prompt) for prompt in given], weighting)
+
+    def with_loras(self, loras: Sequence[LoRA]) -> Engine:
+        """Another Engine with LoRAs in its weights, on top of this one's; see ``methods.lora.apply_loras``."""
+        unet, text_encoder = apply_loras(loras, self.unet, self.text_encoder)
+        graphs, own = None if self.graphs is None else Graphs(self.graphs.make_capture), (*self.loras, *loras)
+        most = self.limits.max_pixels
+        return Engine(self.name, unet, self.vae, text_encoder, self.schedule, self.backend, graphs, most, own)
 
     @property
     def fingerprint(self) -> tuple[float, ...]:
@@ -220,6 +230,7 @@ class Engine:
             "strength": None if request.image is None else request.options.strength,
             "given_latents": request.latents is not None,
             "model": self.name,
+            "loras": [lora.settings() for lora in self.loras],
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": self.backend.name,

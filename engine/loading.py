@@ -16,6 +16,7 @@ from .checks import check_choice, check_integer
 from .engine import MAX_PIXELS, Engine
 from .errors import CheckpointError
 from .kernels.jit import load_kernels
+from .methods.lora import Changes, LoRA, read_changes
 from .models.layers import pack_convolutions
 from .models.unet import UNet2DConditionModel
 from .models.vae import AutoencoderKL
@@ -24,6 +25,7 @@ from .text.encoder import TextEncoder
 from .warn import warn
 from .weights.checkpoint import Checkpoint, open_checkpoint
 from .weights.tensors import load_module
+from .weights.vae_file import with_vae
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 BACKENDS = ("auto", "torch", "native", "triton")
@@ -37,7 +39,9 @@ def load(
     backend: str = "auto",
     graphs: bool | None = None,
     config: str | Path | None = None,
+    vae: str | Path | None = None,
     max_pixels: int = MAX_PIXELS,
+    loras: Sequence[LoRA] = (),
 ) -> Engine:
     """Load a model.
 
@@ -52,7 +56,9 @@ def load(
             unless given, with backend "triton".
         config: for a single file, a diffusers folder whose configs and tokenizer to use; the file's own folder where it
             is one. Without any, sizes are read from the tensors' shapes and the rest is SD v1.5's.
+        vae: another VAE than the model's: a diffusers folder, or a ``.safetensors`` file in either layout.
         max_pixels: the largest height x width that ``generate`` takes.
+        loras: merged in float32 into the weights as the files have them, then cast; ``Engine.with_loras`` adds later.
 
     Raises:
         CheckpointError: files are missing, damaged or do not match their config.
@@ -67,21 +73,27 @@ def load(
     if graphs and where.type != "cuda":
         raise RuntimeError(f"graphs need a CUDA device, got {where}; leave graphs out")
     checkpoint = open_checkpoint(model, config, prefer_fp16=kind == torch.float16)
+    if vae is not None:
+        checkpoint = with_vae(checkpoint, Path(vae), prefer_fp16=kind == torch.float16)
     _check_fit(checkpoint)
     with torch.device("meta"):
         unet = UNet2DConditionModel(checkpoint.unet_config, ops)
-        vae = AutoencoderKL(checkpoint.vae_config, ops)
-    text_encoder = _load_text_encoder(checkpoint, where, kind)
-    load_module(unet, checkpoint.unet, where, kind)
-    load_module(vae, checkpoint.vae, where, kind)
+        autoencoder = AutoencoderKL(checkpoint.vae_config, ops)
+        text = _text_model(checkpoint)
+    of_unet, of_text = read_changes(loras, checkpoint.unet_config, unet, text)
+    text_encoder = _load_text_encoder(checkpoint, text, where, kind, of_text)
+    load_module(unet, checkpoint.unet, where, kind, of_unet)
+    load_module(autoencoder, checkpoint.vae, where, kind)
     if ops.name == "native":
         pack_convolutions(unet)
-        pack_convolutions(vae)
+        pack_convolutions(autoencoder)
     if ops.name == "triton":
         unet.compose()
     has_graphs = ops.name == "triton" if graphs is None else graphs
     captured = Graphs(lambda: CudaCapture(where)) if has_graphs else None
-    return Engine(checkpoint.name, unet, vae, text_encoder, checkpoint.schedule, ops, captured, max_pixels)
+    return Engine(
+        checkpoint.name, unet, autoencoder, text_encoder, checkpoint.schedule, ops, captured, max_pixels, loras
+    )
 
 
 def _check_fit(checkpoint: Checkpoint) -> None:
@@ -98,12 +110,18 @@ def _check_fit(checkpoint: Checkpoint) -> None:
             raise CheckpointError(f"{checkpoint.name}: {name} must be {expected} to fit the rest, got {found}")
 
 
-def _load_text_encoder(checkpoint: Checkpoint, device: torch.device, dtype: torch.dtype) -> TextEncoder:
-    from transformers import CLIPTextConfig, CLIPTextModel, CLIPTokenizer
+def _text_model(checkpoint: Checkpoint) -> Any:
+    from transformers import CLIPTextConfig, CLIPTextModel
 
-    with torch.device("meta"):
-        model = CLIPTextModel(CLIPTextConfig(**checkpoint.text_config))
-    load_module(model, checkpoint.text, device, dtype)
+    return CLIPTextModel(CLIPTextConfig(**checkpoint.text_config))
+
+
+def _load_text_encoder(
+    checkpoint: Checkpoint, model: Any, device: torch.device, dtype: torch.dtype, change: Changes
+) -> TextEncoder:
+    from transformers import CLIPTokenizer
+
+    load_module(model, checkpoint.text, device, dtype, change)
     length = model.config.max_position_embeddings
     for module in model.modules():
         if "position_ids" in module._buffers:  # not a weight, so still on meta

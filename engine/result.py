@@ -24,8 +24,21 @@ A1111_SAMPLERS = {
     "euler_ancestral": "Euler a",
     "dpmpp_2m": "DPM++ 2M",
     "dpmpp_2m_karras": "DPM++ 2M Karras",
+    "dpmpp_2m_sde": "DPM++ 2M SDE",
+    "dpmpp_sde": "DPM++ SDE",
+    "dpm2": "DPM2",
+    "deis": "DEIS",
+    "ddpm": "DDPM",
     "unipc": "UniPC",
     "lcm": "LCM",
+    "tcd": "TCD",
+}
+A1111_SCHEDULES = {
+    "karras": "Karras",
+    "exponential": "Exponential",
+    "beta": "Beta",
+    "ays": "Align Your Steps",
+    "sgm_uniform": "SGM Uniform",
 }
 
 
@@ -73,11 +86,14 @@ class Result:
         values = {
             "Steps": settings["steps"],
             "Sampler": A1111_SAMPLERS[settings["sampler"]],
+            **({"Schedule type": A1111_SCHEDULES[settings["schedule"]]} if settings["schedule"] else {}),
             "CFG scale": f"{settings['guidance_scale']:g}",
             "Seed": settings["seed"],
             "Size": f"{settings['width']}x{settings['height']}",
             "Model": settings["model"],
         }
+        if settings["loras"]:
+            values["LoRA"] = ", ".join(f"{lora['name']}:{lora['weight']:g}" for lora in settings["loras"])
         if settings["strength"] is not None:
             values["Denoising strength"] = f"{settings['strength']:g}"
         if settings["eta"]:

@@ -1,6 +1,7 @@
 """Fixtures: one small random pipeline on disk, and an Engine loaded from it."""
 
 import os
+from collections.abc import Callable
 from pathlib import Path
 
 import pytest
@@ -20,6 +21,17 @@ def small_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
     folder = tmp_path_factory.mktemp("small")
     save_pipeline("narrow", folder)
     return folder
+
+
+@pytest.fixture
+def agrees(record_property: Callable[[str, object], None]) -> Callable[[str, str, float, float], None]:
+    """Asserts that an error is within its bound, and makes it a line of docs/compatibility.md."""
+
+    def check(feature: str, against: str, error: float, bound: float) -> None:
+        record_property("compatibility", (feature, against, error))
+        assert error <= bound
+
+    return check
 
 
 @pytest.fixture(scope="session")

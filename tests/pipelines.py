@@ -29,14 +29,20 @@ _SD_V1_5_SCHEDULER_TEXT = (Path(__file__).parent / "parity" / "sd_v1_5_scheduler
 SD_V1_5_SCHEDULER: dict[str, Any] = json.loads(_SD_V1_5_SCHEDULER_TEXT)
 SCHEDULERS: dict[str, tuple[Any, dict[str, Any]]] = {
     "ddim": (diffusers.DDIMScheduler, {}),
+    "ddpm": (diffusers.DDPMScheduler, {}),
     "pndm": (diffusers.PNDMScheduler, {}),
     "heun": (diffusers.HeunDiscreteScheduler, {}),
     "euler": (diffusers.EulerDiscreteScheduler, {}),
     "euler_ancestral": (diffusers.EulerAncestralDiscreteScheduler, {}),
     "dpmpp_2m": (diffusers.DPMSolverMultistepScheduler, {}),
     "dpmpp_2m_karras": (diffusers.DPMSolverMultistepScheduler, {"use_karras_sigmas": True}),
+    "dpmpp_2m_sde": (diffusers.DPMSolverMultistepScheduler, {"algorithm_type": "sde-dpmsolver++"}),
+    "dpmpp_sde": (diffusers.DPMSolverSDEScheduler, {}),
+    "dpm2": (diffusers.KDPM2DiscreteScheduler, {}),
+    "deis": (diffusers.DEISMultistepScheduler, {}),
     "unipc": (diffusers.UniPCMultistepScheduler, {}),
     "lcm": (diffusers.LCMScheduler, {}),
+    "tcd": (diffusers.TCDScheduler, {}),
 }
 _ATTENTION_DOWN, _PLAIN_DOWN = "CrossAttnDownBlock2D", "DownBlock2D"
 _ATTENTION_UP, _PLAIN_UP = "CrossAttnUpBlock2D", "UpBlock2D"

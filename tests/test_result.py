@@ -9,6 +9,8 @@ import pytest
 from PIL import Image
 
 import engine
+from engine.result import A1111_SAMPLERS, A1111_SCHEDULES
+from engine.sampling.schedule import SCHEDULES
 
 
 def test_png_metadata(small: engine.Engine, tmp_path: Path) -> None:
@@ -74,3 +76,16 @@ def test_results_can_be_compared(small: engine.Engine) -> None:
     one, other = (small.generate("a cat", steps=1, seed=0, output="numpy", progress=False) for _ in range(2))
     assert one == one  # noqa: PLR0124 (dataclasses compare arrays and fail)
     assert one != other
+
+
+def test_every_sampler_and_schedule_has_a1111s_name(small: engine.Engine) -> None:
+    out = small.generate("a cat", steps=2, seed=0, sampler="dpm2", schedule="karras", progress=False)
+    assert "Steps: 2, Sampler: DPM2, Schedule type: Karras, CFG scale: 8, " in out.parameters(0)
+    for sampler in engine.SAMPLERS:
+        assert f"Sampler: {A1111_SAMPLERS[sampler]}, " in _with(out, sampler=sampler).parameters(0)
+    for schedule in SCHEDULES:
+        assert f"Schedule type: {A1111_SCHEDULES[schedule]}, " in _with(out, schedule=schedule).parameters(0)
+
+
+def _with(out: engine.Result, **settings: str) -> engine.Result:
+    return replace(out, settings=out.settings | settings)

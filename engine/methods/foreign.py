@@ -1,4 +1,4 @@
-"""Concepts from other programs' files: textual inversion and Custom Diffusion, both data on the text side."""
+"""Concepts from other programs' files: textual inversion, Custom Diffusion and some LoRAs, as data on the text side."""
 
 from __future__ import annotations
 
@@ -12,6 +12,7 @@ from torch import Tensor
 
 from ..errors import ConceptFileError
 from .concept import Change, Concept
+from .lora import LoRA, read_changes
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -89,6 +90,32 @@ def import_custom_diffusion(
         )
     except ValueError as error:
         raise ConceptFileError(f"{path}: {error}") from error
+
+
+def import_lora(sd: Engine, lora: LoRA, noun: str) -> Concept:
+    """Read a LoRA of cross-attention's keys and values alone as changes of them, for ``engine.ICO`` and ``engine.DCI``.
+
+    It draws what ``sd.with_loras([lora])`` draws, without another Engine, and images of one request may differ in it.
+
+    Args:
+        sd: the model it will be used with.
+        lora: the file and its weight.
+        noun: the class noun.
+
+    Raises:
+        CheckpointError: the file is no LoRA for this model.
+        ConceptFileError: it changes more than keys and values.
+    """
+    of_unet, of_text = read_changes([lora], sd.unet.config, sd.unet, sd.text_encoder.model)
+    names = [name.removesuffix(".weight") for name in of_unet.layers]
+    if others := [*(name for name in names if name not in sd.unet.text_projections), *of_text.layers]:
+        rule = "only keys and values of cross-attention are text-side data, which a concept can hold; use with_loras"
+        raise ConceptFileError(f"{lora.path}: {rule}; found {others[0]}")
+    changes = dict[str, Change]()
+    for name in names:
+        own = sd.unet.text_projections[name].weight.detach().float()
+        changes[name] = Change((of_unet(f"{name}.weight", own) - own).cpu())
+    return Concept(noun, base=sd.fingerprint, name=lora.settings()["name"], changes=changes)
 
 
 def _read(path: Path) -> dict[str, Tensor]:

@@ -61,7 +61,6 @@ _SCHEDULE_FIXED: dict[str, tuple[Any, ...]] = {  # of any solver: each would cha
     "interpolation_type": ("linear",),
     "lower_order_final": (True,),
     "predict_x0": (True,),
-    "rescale_betas_zero_snr": (False,),
     "sigma_max": (None,),
     "sigma_min": (None,),
     "solver_order": (2,),
@@ -73,7 +72,7 @@ _SCHEDULE_FIXED: dict[str, tuple[Any, ...]] = {  # of any solver: each would cha
     "use_exponential_sigmas": (False, None),
     "use_flow_sigmas": (False, None),
     "use_lu_lambdas": (False, None),
-    "variance_type": (None,),
+    "variance_type": (None, "fixed_small"),
 }
 
 
@@ -182,6 +181,7 @@ class ScheduleConfig:
     use_karras_sigmas: bool = False
     skip_prk_steps: bool = True  # whether pndm starts without its Runge-Kutta steps
     original_inference_steps: int = 50  # of latent consistency models
+    rescale_betas_zero_snr: bool = False  # whether the last timestep has no signal at all
 
     @classmethod
     def from_dict(cls, config: Mapping[str, Any], source: str = "scheduler/scheduler_config.json") -> ScheduleConfig:
@@ -201,19 +201,24 @@ class ScheduleConfig:
         betas = config.get("trained_betas")
         known = None if betas is None else 1.0  # a list of betas leaves nothing to say about them
         spacing = config.get("timestep_spacing")
+        prediction_type = read.choice("prediction_type", ("epsilon", "v_prediction", "sample"), "epsilon")
+        if (zero_snr := bool(config.get("rescale_betas_zero_snr", False))) and prediction_type == "epsilon":
+            rule = "a model that starts from no signal cannot predict noise alone: rescale_betas_zero_snr needs"
+            raise ValueError(f"{source}: {rule} prediction_type 'v_prediction' or 'sample', got 'epsilon'")
         return cls(
             num_train_timesteps=read.size("num_train_timesteps", 1000),
             beta_start=read.number("beta_start", known),
             beta_end=read.number("beta_end", known),
             beta_schedule=read.choice("beta_schedule", _BETA_SCHEDULES, known and _BETA_SCHEDULES[0]),
             trained_betas=None if betas is None else tuple(float(beta) for beta in betas),
-            prediction_type=read.choice("prediction_type", ("epsilon", "v_prediction", "sample"), "epsilon"),
+            prediction_type=prediction_type,
             timestep_spacing=spacing and read.choice("timestep_spacing", ("leading", "linspace", "trailing")),
             steps_offset=read.size("steps_offset", 0, minimum=0),
             set_alpha_to_one=None if (to_one := config.get("set_alpha_to_one")) is None else bool(to_one),
             use_karras_sigmas=bool(config.get("use_karras_sigmas", False)),
             skip_prk_steps=bool(config.get("skip_prk_steps", False)),
             original_inference_steps=read.size("original_inference_steps", 50),
+            rescale_betas_zero_snr=zero_snr,
         )
 
 

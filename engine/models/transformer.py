@@ -196,6 +196,10 @@ class Transformer2DModel(nn.Module):
     def _blocks(self) -> list[BasicTransformerBlock]:
         return cast(list[BasicTransformerBlock], list(self.transformer_blocks))
 
+    @property
+    def composed(self) -> bool:
+        return self._composed is not None
+
     def compose(self) -> None:
         """Make the last feed-forward's output projection and ``proj_out`` one product, from their weights as they are.
 

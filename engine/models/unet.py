@@ -7,6 +7,9 @@ their own entry by index, so the rows of one batch may differ in timestep, promp
 
 from __future__ import annotations
 
+from collections.abc import Mapping
+from typing import cast
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
@@ -15,6 +18,7 @@ from ..backends.ops import TORCH, Ops
 from .conditioning import Batch, Conditioning, TextKV
 from .config import UNetConfig
 from .layers import Downsample2D, GroupNormSiLU, ResnetBlock2D, Upsample2D, timestep_embedding
+from .sharing import with_weights
 from .transformer import CrossAttention, Transformer2DModel
 
 
@@ -137,6 +141,14 @@ class UNet2DConditionModel(nn.Module):
             resnet.channels = slice(first, first := first + len(resnet.conv1.bias))
         for i, attn2 in enumerate(self.cross_attentions.values()):
             attn2.layer = i
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
+        """Another UNet with other values of some parameters; see ``sharing.with_weights``."""
+        other, own = cast(UNet2DConditionModel, with_weights(self, weights)), set(self.modules())
+        for module in other.modules():
+            if isinstance(module, Transformer2DModel) and module not in own and module.composed:
+                module.compose()
+        return other
 
     def compose(self) -> None:
         """Make products of projections that follow one another; weights must not change after."""

@@ -19,6 +19,7 @@ from ..observe.progress import Callback
 from ..options import check_options, option
 from ..text.weighting import WEIGHTINGS
 from .samplers import SAMPLERS
+from .schedule import SCHEDULES
 
 DEFAULT_STRENGTH = 0.8
 
@@ -41,7 +42,8 @@ class Options:
     )
     steps: int = option(
         50,
-        "sampling steps of the whole schedule; heun evaluates the UNet twice a step, pndm once or more in addition.",
+        "sampling steps of the whole schedule; heun, dpm2 and dpmpp_sde evaluate the UNet twice a step but the last, "
+        "pndm once or more in addition.",
         partial(check_integer, low=1),
         flags=(),
         setting=True,
@@ -54,6 +56,14 @@ class Options:
         metavar="S",
         setting=True,
     )
+    guidance_rescale: float = option(
+        0.0,
+        "how far to bring guidance's result back to the contrast of the conditional prediction, 0 to 1; 0.7 is usual "
+        "with models of zero terminal SNR.",
+        partial(check_number, low=0.0, high=1.0),
+        flags=(),
+        setting=True,
+    )
     sampler: str = option(
         "ddim",
         f"one of {', '.join(SAMPLERS)}.",
@@ -61,9 +71,19 @@ class Options:
         flags=(),
         setting=True,
     )
+    schedule: str | None = option(
+        None,
+        f"where the steps are: one of {', '.join(SCHEDULES)}; the model's own where not given. All but sgm_uniform are "
+        "for samplers that take any noise level: not for ddim, ddpm, pndm and lcm; sgm_uniform is for all but lcm.",
+        partial(check_choice, choices=SCHEDULES),
+        optional=True,
+        flags=(),
+        metavar="NAME",
+        setting=True,
+    )
     eta: float = option(
         0.0,
-        "ddim's share of fresh noise, 0 to 1.",
+        "ddim's and tcd's share of fresh noise, 0 to 1; for models with a TCD LoRA 0.3 is usual.",
         partial(check_number, low=0.0, high=1.0),
         flags=(),
         setting=True,

@@ -150,7 +150,16 @@ class _Joiner:
             unconditional=self._placed([one.unconditional for one in self.batches])[filled],
             conditional=self._placed([one.conditional for one in self.batches])[filled],
             guidance_scale=torch.cat([one.guidance_scale for one in self.batches])[filled],
+            guidance_rescale=self._rescale(filled),
         )
+
+    def _rescale(self, filled: Tensor) -> Tensor | None:
+        there = [one.guidance_rescale for one in self.batches]
+        if all(one is None for one in there):
+            return None
+        pairs = zip(there, self.batches, strict=True)
+        parts = [torch.zeros_like(one.guidance_scale) if own is None else own for own, one in pairs]
+        return torch.cat(parts)[filled]
 
     def _layers(self) -> list[list[tuple[Tensor, Tensor]]]:
         """Per cross-attention layer, each batch's keys and values."""

@@ -31,6 +31,7 @@ class GuidedBatch:
         trajectories: (R,) the trajectory whose latents each row sees.
         unconditional, conditional: (P,) the two rows that guidance combines; one row twice where it is off.
         guidance_scale: (P, 1, 1, 1) float32.
+        guidance_rescale: likewise; None where it is 0 for all.
     """
 
     batch: Batch
@@ -38,6 +39,7 @@ class GuidedBatch:
     unconditional: Tensor
     conditional: Tensor
     guidance_scale: Tensor
+    guidance_rescale: Tensor | None = None
 
 
 @dataclass(frozen=True, slots=True)
@@ -145,6 +147,7 @@ class _Planner:
         firsts = [trajectories.index(trajectory) for trajectory in range(len(layout.trajectories))]
         columns_wanted = layout.followers or layout.request.options.attention_words
         index = self._index(texts)
+        rescale = layout.request.options.guidance_rescale
         scale = torch.full((len(layout.guided), 1, 1, 1), layout.request.options.guidance_scale, device=self.device)
         batch = Batch(
             text=tuple((keys[index], values[index]) for keys, values in text_kv),
@@ -158,6 +161,7 @@ class _Planner:
             unconditional=self._index([layout.number(row) for row, _ in layout.guided]),
             conditional=self._index([layout.number(row) for _, row in layout.guided]),
             guidance_scale=scale,
+            guidance_rescale=torch.full_like(scale, rescale) if rescale else None,
         )
 
     def _following(self) -> Following:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checks import check_integer, check_texts
 from ..methods.dci import DCI
 from .arguments import DEFAULT_STRENGTH, Customization, Options
+from .samplers import WITH_ETA
 
 _MAX_SEED = 2**64 - 1
 
@@ -99,10 +100,12 @@ def make_request(limits: ModelLimits, prompt: str | Sequence[str], options: Opti
 
 def _check_together(options: Options) -> None:
     """Refuse options that do not go with one another."""
-    if options.eta and options.sampler != "ddim":
-        raise ValueError(
-            f"eta belongs to the ddim sampler alone, got eta={options.eta} with sampler={options.sampler!r}"
-        )
+    if options.eta and options.sampler not in WITH_ETA:
+        rule = f"eta belongs to {' and '.join(WITH_ETA)} alone"
+        raise ValueError(f"{rule}, got eta={options.eta} with sampler={options.sampler!r}")
+    if options.guidance_rescale and options.guidance_scale == 1:
+        rule = "guidance_rescale needs a guidance_scale above 1, whose result it rescales"
+        raise ValueError(f"{rule}, got guidance_rescale={options.guidance_rescale}")
     if options.image is None and options.strength != DEFAULT_STRENGTH:
         raise ValueError(f"strength belongs to image-to-image: give an image too, got strength={options.strength}")
     if options.image is not None and options.latents is not None:

@@ -10,20 +10,28 @@ import numpy as np
 
 from ..models.config import ScheduleConfig
 from .schedule import PRK_STEPS, Schedule, make_schedule
+from .stochastic import dpmpp_2m_sde, dpmpp_sde, euler_ancestral, lcm, tcd
 from .table import SamplerTable, TableWriter
-
-_LCM_SIGMA_DATA = 0.5
-_LCM_TIMESTEP_SCALING = 10.0
 
 
 def _ddim(schedule: Schedule, begin: int, eta: float) -> SamplerTable:
     """DDIM (Song et al. 2021, arXiv:2010.02502, eq. 12)."""
+    return _posterior(schedule, begin, eta, schedule.timesteps - schedule.stride)
+
+
+def _ddpm(schedule: Schedule, begin: int) -> SamplerTable:
+    """Ancestral sampling (Ho et al. 2020, arXiv:2006.11239, algorithm 2, the smaller variance): DDIM with eta 1."""
+    return _posterior(replace(schedule, end=1.0), begin, 1.0, np.append(schedule.timesteps[1:], -1))
+
+
+def _posterior(schedule: Schedule, begin: int, eta: float, targets: np.ndarray) -> SamplerTable:
+    """From each timestep to its target, with a share ``eta`` of the posterior's noise."""
     table = TableWriter(schedule, begin, n_history=0)
     for i in table.steps:
         x0, eps = table.prediction(i)
-        alpha, alpha_next = schedule.alphas[i] ** 2, schedule.level(schedule.timesteps[i] - schedule.stride)[0] ** 2
+        alpha, alpha_next = schedule.alphas[i] ** 2, schedule.level(targets[i])[0] ** 2
         sigma = eta * np.sqrt((1 - alpha_next) / (1 - alpha) * (1 - alpha / alpha_next))
-        table.write(i, [np.sqrt(alpha_next) * x0 + np.sqrt(1 - alpha_next - sigma**2) * eps], sigma)
+        table.write(i, [np.sqrt(alpha_next) * x0 + np.sqrt(max(0.0, 1 - alpha_next - sigma**2)) * eps], sigma)
     return table.finish(len(table.steps) if eta else 0)
 
 
@@ -108,17 +116,18 @@ def _heun(schedule: Schedule, begin: int) -> SamplerTable:
     return table.finish()
 
 
-def _euler_ancestral(schedule: Schedule, begin: int) -> SamplerTable:
-    """Euler steps to below the next noise level, and fresh noise up to it (k-diffusion's ancestral sampling)."""
-    table = TableWriter(schedule, begin, n_history=0, variance_exploding=True)
+def _dpm2(schedule: Schedule, begin: int) -> SamplerTable:
+    """DPM-Solver-2 in the noise level (Karras et al. 2022, table 1): the slope is taken at the geometric mean."""
+    table = TableWriter(schedule, begin, n_history=1, variance_exploding=True)  # x where the step began
     ratios = schedule.sigmas / schedule.alphas
     for i in table.steps:
         x0, _ = table.prediction(i)
-        now, after = ratios[i], ratios[i + 1]
-        up = np.sqrt(after**2 * (now**2 - after**2) / now**2)
-        down = np.sqrt(after**2 - up**2)
-        table.write(i, [table.slot(0) + (down - now) * (table.slot(0) - x0) / now], up)
-    return table.finish(len(table.steps))
+        slope = (table.slot(0) - x0) / ratios[i]
+        if i % 2 == 0:  # to the middle, or at last to no noise
+            table.write(i, [table.slot(0) + (ratios[i + 1] - ratios[i]) * slope, table.slot(0)])
+        else:
+            table.write(i, [table.slot(1) + (ratios[i + 1] - ratios[i - 1]) * slope, np.zeros(table.size + 1)])
+    return table.finish()
 
 
 def _dpmpp_2m(schedule: Schedule, begin: int) -> SamplerTable:
@@ -181,19 +190,28 @@ def _unipc_weights(h: float, r: float) -> np.ndarray:
     return np.linalg.solve(np.array([[1.0, 1.0], [r, 1.0]]), b)
 
 
-def _lcm(schedule: Schedule, begin: int) -> SamplerTable:
-    """Multistep consistency sampling (Luo et al. 2023, arXiv:2310.04378, algorithm 3)."""
-    table = TableWriter(schedule, begin, n_history=0)
-    final = len(schedule.timesteps) - 1
+_DEIS_LOWER_ORDER = 15  # below so many steps the last is of first order
+
+
+def _deis(schedule: Schedule, begin: int) -> SamplerTable:
+    """DEIS of second order, polynomials in log rho (Zhang and Chen 2023, arXiv:2204.13902), rho = sigma / alpha."""
+    table = TableWriter(schedule, begin, n_history=1)  # the last noise prediction
+    alphas, rho = schedule.alphas, schedule.sigmas / schedule.alphas
+    last = len(schedule.timesteps) - 1
+
+    def integral(own: float, other: float, start: float, end: float) -> float:
+        """Of the polynomial in log rho that is 1 at ``own`` and 0 at ``other``."""
+        value, value_before = (t * (np.log(t / other) - 1) for t in (end, start))
+        return (value - value_before) / np.log(own / other)
+
     for i in table.steps:
-        x0, _ = table.prediction(i)
-        scaled = schedule.timesteps[i] * _LCM_TIMESTEP_SCALING
-        skip = _LCM_SIGMA_DATA**2 / (scaled**2 + _LCM_SIGMA_DATA**2)
-        out = scaled / np.hypot(scaled, _LCM_SIGMA_DATA)
-        denoised = out * x0 + skip * table.slot(0)
-        alpha, sigma = (1.0, 0.0) if i == final else (schedule.alphas[i + 1], schedule.sigmas[i + 1])
-        table.write(i, [alpha * denoised], sigma)
-    return table.finish(len(table.steps) - 1)
+        _, eps = table.prediction(i)
+        change = (rho[i + 1] - rho[i]) * eps
+        if i > begin and not (i == last and last + 1 < _DEIS_LOWER_ORDER):
+            change = integral(rho[i], rho[i - 1], rho[i], rho[i + 1]) * eps
+            change = change + integral(rho[i - 1], rho[i], rho[i], rho[i + 1]) * table.slot(1)
+        table.write(i, [alphas[i + 1] * (table.slot(0) / alphas[i] + change), eps])
+    return table.finish()
 
 
 @dataclass(frozen=True, slots=True)
@@ -206,6 +224,7 @@ class Sampler:
         timestep_spacing: what its diffusers class takes where a model's schedule is silent.
         set_alpha_to_one: likewise; it matters to ddim and pndm alone.
         evaluations_per_step: of the UNet.
+        least_signal: what its diffusers class takes for an alpha-bar of 0 at the last timestep; None if it knows none.
     """
 
     family: str
@@ -213,6 +232,7 @@ class Sampler:
     timestep_spacing: str = "linspace"
     set_alpha_to_one: bool = True
     evaluations_per_step: int = 1
+    least_signal: float | None = None
 
     @property
     def defaults(self) -> dict[str, Any]:
@@ -220,33 +240,54 @@ class Sampler:
         return {name: getattr(self, name) for name in ("timestep_spacing", "set_alpha_to_one")}
 
 
+_LEAST_SIGNAL = 2.0**-24  # for samplers that divide by it
+
 SAMPLERS: dict[str, Sampler] = {
-    "ddim": Sampler("ddim", _ddim, "leading"),
+    "ddim": Sampler("ddim", _ddim, "leading", least_signal=0.0),
     "pndm": Sampler("pndm", _pndm, "leading", set_alpha_to_one=False),
-    "euler": Sampler("euler", _euler),
-    "euler_ancestral": Sampler("euler_ancestral", _euler_ancestral),
+    "euler": Sampler("euler", _euler, least_signal=_LEAST_SIGNAL),
+    "euler_ancestral": Sampler("euler_ancestral", euler_ancestral, least_signal=_LEAST_SIGNAL),
     "heun": Sampler("heun", _heun, evaluations_per_step=2),
-    "dpmpp_2m": Sampler("multistep", _dpmpp_2m),
-    "dpmpp_2m_karras": Sampler("multistep", _dpmpp_2m),
-    "unipc": Sampler("multistep", _unipc),
-    "lcm": Sampler("lcm", _lcm, "leading"),
+    "dpm2": Sampler("dpm2", _dpm2, evaluations_per_step=2),
+    "dpmpp_2m": Sampler("multistep", _dpmpp_2m, least_signal=_LEAST_SIGNAL),
+    "dpmpp_2m_karras": Sampler("multistep", _dpmpp_2m, least_signal=_LEAST_SIGNAL),
+    "dpmpp_2m_sde": Sampler("multistep", dpmpp_2m_sde, least_signal=_LEAST_SIGNAL),
+    "dpmpp_sde": Sampler("dpmpp_sde", dpmpp_sde, evaluations_per_step=2),
+    "deis": Sampler("deis", _deis),
+    "unipc": Sampler("multistep", _unipc, least_signal=_LEAST_SIGNAL),
+    "ddpm": Sampler("ddim", _ddpm, "leading", least_signal=0.0),
+    "lcm": Sampler("lcm", lcm, "leading", least_signal=0.0),
+    "tcd": Sampler("lcm", tcd, "leading", least_signal=0.0),
 }
+WITH_ETA = ("ddim", "tcd")
 
 
-def make_table(name: str, config: ScheduleConfig, steps: int, eta: float = 0.0, begin: int = 0) -> SamplerTable:
+def make_table(
+    name: str, config: ScheduleConfig, steps: int, eta: float = 0.0, begin: int = 0, schedule: str | None = None
+) -> SamplerTable:
     """Write the table of sampler ``name``.
 
     Args:
         name: one of ``SAMPLERS``.
         config: the model's training schedule.
         steps: length of the whole schedule.
-        eta: DDIM's share of fresh noise, 0 (deterministic) to 1.
+        eta: share of fresh noise of those ``WITH_ETA``, 0 (deterministic) to 1; TCD's paper calls it gamma.
         begin: first step taken; image-to-image skips the ones before it.
+        schedule: one of ``SCHEDULES``; where not given, the config's.
     """
-    if eta and name != "ddim":
-        raise ValueError(f"eta belongs to the ddim sampler alone, got eta={eta} with sampler={name!r}")
-    sampler = SAMPLERS[name]
+    if eta and name not in WITH_ETA:
+        raise ValueError(f"eta belongs to {' and '.join(WITH_ETA)} alone, got eta={eta} with sampler={name!r}")
+    sampler, spacing = SAMPLERS[name], _spacing(name, schedule)
     said = {key: default for key, default in sampler.defaults.items() if getattr(config, key) is None}
-    schedule = make_schedule(replace(config, **said), sampler.family, steps, karras=name.endswith("_karras"))
-    options = {"eta": eta} if name == "ddim" else {}
-    return sampler.write(schedule, sampler.evaluations_per_step * begin, **options)
+    laid_out = make_schedule(replace(config, **said), sampler.family, steps, spacing, sampler.least_signal)
+    options = {"eta": eta} if name in WITH_ETA else {}
+    return sampler.write(laid_out, sampler.evaluations_per_step * begin, **options)
+
+
+def _spacing(name: str, schedule: str | None) -> str | None:
+    """The schedule that a sampler's name and the argument ask for."""
+    if not name.endswith("_karras"):
+        return schedule
+    if schedule not in (None, "karras"):
+        raise ValueError(f"sampler {name!r} has the schedule 'karras', got schedule={schedule!r}; use another sampler")
+    return "karras"

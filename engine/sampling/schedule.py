@@ -5,17 +5,22 @@ The layouts are those of diffusers' schedulers, family by family, so that the sa
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import pairwise
 
 import numpy as np
 import torch
 
 from ..models.config import ScheduleConfig
+from .levels import NAMES, noise_levels
 
+SCHEDULES = (*NAMES, "sgm_uniform")
 PRK_STEPS = 3  # Runge-Kutta steps with which PNDM starts where it does
 
-_KARRAS_RHO = 7.0
+_MULTISTEP = ("multistep", "deis")  # they lay out one timestep more and leave out the last, and count in whole ones
+_MIDPOINT = ("dpm2", "dpmpp_sde")  # they evaluate the model at the geometric mean of two levels too
+_FRACTIONAL = ("euler", "euler_ancestral", "heun", *_MIDPOINT)
+_BY_LEVEL = (*_MULTISTEP, *_FRACTIONAL)
 
 
 @dataclass(frozen=True, slots=True)
@@ -25,7 +30,7 @@ class Schedule:
     Attributes:
         timesteps: (T,) of the UNet's evaluations, descending; second-order samplers visit some twice.
         alphas, sigmas: (T + 1,) with ``x_t = alpha x_0 + sigma eps`` and ``alpha^2 + sigma^2 = 1``; the last entry is
-            where the run ends.
+            where the run ends: at no noise, or, for deis, at the least that the model was trained on.
         stride: training timesteps from one step to the next, as ddim and pndm count them.
         alphas_cumprod: of the training schedule, (num_train_timesteps,).
         end: alpha-bar before the first training timestep, where ddim and pndm end.
@@ -70,20 +75,47 @@ def alphas_cumprod(config: ScheduleConfig) -> np.ndarray:
     else:  # squaredcos_cap_v2 (Nichol and Dhariwal 2021, arXiv:2102.09672, eq. 17)
         bar = np.cos((np.arange(n + 1) / n + 0.008) / 1.008 * np.pi / 2) ** 2
         betas = torch.tensor(np.minimum(1 - bar[1:] / bar[:-1], 0.999), dtype=torch.float32)
+    if config.rescale_betas_zero_snr:
+        betas = _zero_terminal_snr(betas)
     return torch.cumprod(1.0 - betas, dim=0).numpy().astype(np.float64)
 
 
-def make_schedule(config: ScheduleConfig, family: str, steps: int, karras: bool = False) -> Schedule:
+def _zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
+    """Betas of no signal at the last timestep (Lin et al. 2024, arXiv:2305.08891, algorithm 1)."""
+    root = torch.cumprod(1.0 - betas, dim=0).sqrt()
+    bar = ((root - root[-1]) * (root[0] / (root[0] - root[-1]))) ** 2
+    return 1 - torch.cat([bar[:1], bar[1:] / bar[:-1]])
+
+
+def make_schedule(
+    config: ScheduleConfig, family: str, steps: int, name: str | None = None, least_signal: float | None = None
+) -> Schedule:
     """Lay out ``steps`` sampling steps.
 
     Args:
         config: the training schedule, of which nothing is left open.
-        family: "ddim", "pndm", "euler", "euler_ancestral", "heun", "multistep" or "lcm": who rounds, who ends where.
+        family: "ddim", "pndm", "euler", "euler_ancestral", "heun", "dpm2", "dpmpp_sde", "multistep", "deis" or "lcm":
+            who rounds, who ends where.
         steps: number of steps, at most ``num_train_timesteps``.
-        karras: space the noise levels as Karras et al. 2022 (arXiv:2206.00364, eq. 5), in the families that can.
+        name: one of ``SCHEDULES``; where not given, the config's.
+        least_signal: what stands for an alpha-bar of 0 at the last training timestep; None where none can.
+
+    Raises:
+        ValueError: the family has no such schedule, or not so many steps.
     """
+    if name == "sgm_uniform" and family != "lcm":
+        config, name = replace(config, timestep_spacing="trailing"), None
+    elif name is None and config.use_karras_sigmas and family in _BY_LEVEL and family != "euler_ancestral":
+        name = "karras"
+    if name is not None and family not in _BY_LEVEL:
+        raise ValueError(f"schedule must be left out, or go with a sampler that takes it, got {name!r} with {family}")
     cumprod = alphas_cumprod(config)
-    ratios = np.sqrt((1 - cumprod) / cumprod)
+    if config.rescale_betas_zero_snr:
+        if least_signal is None:
+            raise ValueError(f"this model has no signal at its last timestep, where {family} cannot begin; use ddim")
+        cumprod[-1] = least_signal
+    with np.errstate(divide="ignore"):
+        ratios = np.sqrt((1 - cumprod) / cumprod)
     timesteps = _lcm_timesteps(config, steps) if family == "lcm" else _timesteps(config, family, steps)
     if len(timesteps) != steps or np.any(np.diff(timesteps) >= 0) or timesteps[-1] < 0 or timesteps[0] >= len(cumprod):
         raise ValueError(
@@ -94,21 +126,23 @@ def make_schedule(config: ScheduleConfig, family: str, steps: int, karras: bool 
     if family == "pndm":
         timesteps = _pndm_evaluations(timesteps, stride, config.skip_prk_steps)
     levels = np.interp(timesteps, np.arange(len(ratios)), ratios)
-    if (karras or config.use_karras_sigmas) and family in ("euler", "heun", "multistep"):
-        low, high = (ratios[0], ratios[-1]) if family == "multistep" else (levels[-1], levels[0])
-        ramp = np.linspace(0, 1, steps)
-        levels = (high ** (1 / _KARRAS_RHO) * (1 - ramp) + low ** (1 / _KARRAS_RHO) * ramp) ** _KARRAS_RHO
-        timesteps = np.interp(np.log(levels), np.log(ratios), np.arange(len(ratios)))
-        if family == "multistep":
-            timesteps = timesteps.round()
+    if name is not None:
+        ends = (ratios[-1], ratios[0]) if family in _MULTISTEP else (levels[0], levels[-1])
+        levels = noise_levels(name, steps, *ends, ratios)
+        timesteps = _told(family, name, levels, ratios)
+    end = 0.0 if family != "deis" else levels[-1] if name else ratios[0]
+    if family in _MIDPOINT:
+        middles = np.sqrt(levels[:-1] * levels[1:])
+        timesteps = np.insert(timesteps, range(1, steps), _timesteps_of(middles, ratios))
+        levels = np.insert(levels, range(1, steps), middles)
     if family == "heun":  # every step but the first begins where the one before it is corrected
         timesteps, levels = (np.append(x[:1], x[1:].repeat(2)) for x in (timesteps, levels))
-    levels = np.append(levels, 0.0)
+    levels = np.append(levels, end)
     alphas = 1 / np.hypot(levels, 1.0)
     return Schedule(
         timesteps=timesteps,
         alphas=alphas,
-        sigmas=levels * alphas,
+        sigmas=np.where(np.isinf(levels), 1.0, np.nan_to_num(levels) * alphas),
         stride=stride,
         alphas_cumprod=cumprod,
         end=1.0 if config.set_alpha_to_one else float(cumprod[0]),
@@ -118,18 +152,32 @@ def make_schedule(config: ScheduleConfig, family: str, steps: int, karras: bool 
     )
 
 
+def _timesteps_of(levels: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+    """The fractional timesteps at which the training schedule has these levels."""
+    return np.interp(np.log(levels), np.log(ratios), np.arange(len(ratios)))
+
+
+def _told(family: str, name: str, levels: np.ndarray, ratios: np.ndarray) -> np.ndarray:
+    """Which timesteps the model is told at a named schedule's levels: each family rounds in its way, or not."""
+    timesteps = _timesteps_of(levels, ratios)
+    if family == "dpm2" and name == "karras":
+        return timesteps.round()
+    if family not in _MULTISTEP:
+        return timesteps
+    return timesteps.round() if name in ("karras", "ays") else np.floor(timesteps)
+
+
 def _timesteps(config: ScheduleConfig, family: str, steps: int) -> np.ndarray:
     n = config.num_train_timesteps
     if config.timestep_spacing == "trailing":
         return np.arange(n, 0, -n / steps).round() - 1
-    extra = 1 if family == "multistep" else 0  # these lay out one more and leave out the last
+    extra = 1 if family in _MULTISTEP else 0
     if config.timestep_spacing == "leading":
         return (np.arange(steps + extra) * (n // (steps + extra)))[::-1][:steps].astype(
             np.float64
         ) + config.steps_offset
     spaced = np.linspace(0, n - 1, steps + extra)[::-1][:steps]
-    fractional = family in ("euler", "euler_ancestral", "heun")
-    return spaced.astype(np.float32).astype(np.float64) if fractional else spaced.round()
+    return spaced.astype(np.float32).astype(np.float64) if family in _FRACTIONAL else spaced.round()
 
 
 def _pndm_evaluations(timesteps: np.ndarray, stride: int, skip_prk_steps: bool) -> np.ndarray:

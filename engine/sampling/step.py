@@ -72,5 +72,18 @@ def guided_step(
     noise_pred = unet.denoise(latents, Conditioning(rows.batch, shifts, observe, observe_masks)).float()
     unconditional, conditional = noise_pred[rows.unconditional], noise_pred[rows.conditional]
     noise_pred = unconditional + rows.guidance_scale * (conditional - unconditional)
+    if rows.guidance_rescale is not None:
+        noise_pred = rescale_guidance(noise_pred, conditional, rows.guidance_rescale)
     x, history = step(phase.coefficients, state.x, noise_pred, state.positions, state.history, state.noise)
     return x, history, torch.isfinite(x).flatten(1).all(dim=1)
+
+
+def rescale_guidance(guided: Tensor, conditional: Tensor, share: Tensor) -> Tensor:
+    """Bring guidance's result to the conditional prediction's contrast (Lin et al. 2024, arXiv:2305.08891, sec. 3.4).
+
+    Args:
+        guided, conditional: predictions (P, 4, h, w), float32.
+        share: (P, 1, 1, 1), how far: 0 changes nothing.
+    """
+    own, wanted = (x.std(dim=(1, 2, 3), keepdim=True) for x in (guided, conditional))
+    return guided * (share * (wanted / own) + 1 - share)

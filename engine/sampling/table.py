@@ -151,11 +151,17 @@ class TableWriter:
             return alpha * x - sigma * out, alpha * out + sigma * x
         return out, (x - alpha * out) / sigma
 
-    def write(self, i: int, rows: list[np.ndarray], noise: float = 0.0) -> None:
-        """Set step ``i``: each new state entry as a vector over (state..., model output), and the noise added to x."""
+    def write(self, i: int, rows: list[np.ndarray], noise: float | Sequence[float] = 0.0) -> None:
+        """Set step ``i``.
+
+        Args:
+            i: which.
+            rows: each new state entry as a vector over (state..., model output).
+            noise: what is added to x of fresh noise, or to each entry.
+        """
         matrix = np.stack(rows)
         self.state[i - self.begin], self.model[i - self.begin] = matrix[:, :-1], matrix[:, -1]
-        self.noise[i - self.begin, 0] = noise
+        self.noise[i - self.begin] = np.pad(np.atleast_1d(noise), (0, self.size - np.size(noise)))
 
     def finish(self, noise_draws: int = 0) -> SamplerTable:
         schedule, first = self.schedule, self.begin

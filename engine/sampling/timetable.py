@@ -36,14 +36,14 @@ class Timetables:
 
     def __init__(self, unet: UNet2DConditionModel, schedule: ScheduleConfig) -> None:
         self.unet, self.schedule = unet, schedule
-        self._kept = OrderedDict[tuple[str, int, float, int], Timetable]()
+        self._kept = OrderedDict[tuple[str, int, float, int, str | None], Timetable]()
 
-    def __call__(self, sampler: str, steps: int, eta: float, begin: int) -> Timetable:
+    def __call__(self, sampler: str, steps: int, eta: float, begin: int, schedule: str | None) -> Timetable:
         """See ``samplers.make_table``."""
-        key = sampler, steps, eta, begin
+        key = sampler, steps, eta, begin, schedule
         found = self._kept.pop(key, None)  # threads that miss at once each make their own, which are equal
         if found is None:
-            table = make_table(sampler, self.schedule, steps, eta, begin).to(self.unet.conv_in.weight.device)
+            table = make_table(sampler, self.schedule, steps, eta, begin, schedule).to(self.unet.conv_in.weight.device)
             found = Timetable(table, self.unet.time_shifts(table.timesteps))
         self._kept[key] = found
         while len(self._kept) > _KEPT:

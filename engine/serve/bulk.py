@@ -30,7 +30,19 @@ from ..sampling.request import make_request
 Paint = Callable[[Sequence[Sequence["Row"]], Path, Mapping[str, Any]], Iterable[list["Status"]]]
 STATUS_FILE = "status.jsonl"
 _NAMES = ("id", "prompt", "latents")  # of a row, beside what generate and ``Asked`` take
-_OPTIONS = ("negative_prompt", "steps", "guidance_scale", "sampler", "eta", "height", "width", "seed", "weighting")
+_OPTIONS = (
+    "negative_prompt",
+    "steps",
+    "guidance_scale",
+    "guidance_rescale",
+    "sampler",
+    "schedule",
+    "eta",
+    "height",
+    "width",
+    "seed",
+    "weighting",
+)
 
 
 @dataclass(frozen=True, slots=True)

@@ -184,7 +184,7 @@ class Scheduler:
     def _phases(self, request: Request) -> tuple[Phase, ...]:
         """What each phase needs, by a layout that costs its tokens alone."""
         options = request.options
-        steps = len(self.sd.timetables(options.sampler, options.steps, options.eta, request.begin))
+        steps = len(self.sd.timetables(options.sampler, options.steps, options.eta, request.begin, options.schedule))
         layouts = lay_out(request, steps, Texts(self.sd.text_encoder))
         return tuple(Phase(n_steps, layout.n_rows, layout.mixing_kind) for n_steps, layout in layouts)
 

@@ -63,6 +63,18 @@ class TextEncoder:
         model.get_input_embeddings().register_forward_hook(self._place_learned)
         self._fits = max(len(tokenizer), tokenizer.eos_token_id + 1) <= model.config.vocab_size
 
+    def with_weights(self, weights: Mapping[str, Tensor]) -> TextEncoder:
+        """Another encoder with other values of some parameters; it shares the rest, and the tokenizer."""
+        with torch.device("meta"):
+            model = type(self.model)(self.model.config)
+        model.load_state_dict(self.model.state_dict(keep_vars=True) | weights, strict=True, assign=True)
+        for name, buffer in self.model.named_buffers():  # position ids, which no state dict has
+            owner, _, own = name.rpartition(".")
+            setattr(model.get_submodule(owner), own, buffer)
+        other = TextEncoder(self.tokenizer, model.eval().requires_grad_(False))
+        other._lock = self._lock
+        return other
+
     def tokenize(self, prompt: str | WeightedPrompt, vectors: Mapping[str, Tensor] | None = None) -> Tokens:
         """Tokenize one prompt; what exceeds the encoder's length is cut off and reported in the result.
 

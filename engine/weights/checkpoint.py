@@ -63,18 +63,26 @@ def open_checkpoint(model: str | Path | None, config: str | Path | None, prefer_
     return _open_folder(path, str(model) if not Path(model).is_dir() else path.name, prefer_fp16)
 
 
+def open_vae_folder(folder: Path, prefer_fp16: bool) -> tuple[VAEConfig, WeightSource]:
+    """A VAE's config, and where its weights are, in its folder."""
+    config = VAEConfig.from_dict(*_read_json(folder / "config.json"))
+    return config, WeightSource(_find_weights(folder, "vae", prefer_fp16), _vae_names)
+
+
 def _open_folder(folder: Path, name: str, prefer_fp16: bool) -> Checkpoint:
     unet_config = UNetConfig.from_dict(*_read_json(folder / "unet" / "config.json"))
-    vae_config = VAEConfig.from_dict(*_read_json(folder / "vae" / "config.json"))
+    vae_config, vae = open_vae_folder(folder / "vae", prefer_fp16)
     return Checkpoint(
         name=name,
         unet_config=unet_config,
         vae_config=vae_config,
         text_config=_read_json(folder / "text_encoder" / "config.json")[0],
         schedule=ScheduleConfig.from_dict(*_read_json(folder / "scheduler" / "scheduler_config.json")),
-        unet=WeightSource(_find_weights(folder, "unet", prefer_fp16)),
-        vae=WeightSource(_find_weights(folder, "vae", prefer_fp16), _vae_names),
-        text=WeightSource(_find_weights(folder, "text_encoder", prefer_fp16), _text_names, ignored=_is_text_buffer),
+        unet=WeightSource(_find_weights(folder / "unet", "unet", prefer_fp16)),
+        vae=vae,
+        text=WeightSource(
+            _find_weights(folder / "text_encoder", "text_encoder", prefer_fp16), _text_names, ignored=_is_text_buffer
+        ),
         tokenizer=_find_tokenizer(folder / "tokenizer"),
     )
 
@@ -153,14 +161,14 @@ def _choose_weights(names: Sequence[str], part: str, prefer_fp16: bool) -> list[
 
 
 def _find_weights(folder: Path, part: str, prefer_fp16: bool) -> list[TensorFile]:
-    """The safetensors files of a component."""
-    chosen = _choose_weights(_names(folder), part, prefer_fp16)
+    """The safetensors files of a component, in its folder."""
+    chosen = _choose_weights([f"{part}/{name}" for name in _names(folder)], part, prefer_fp16)
     if chosen:
-        path = folder / chosen[0]
+        path = folder / chosen[0].removeprefix(f"{part}/")
         return _open_shards(path) if path.suffix == ".json" else [TensorFile(path)]
-    for path in sorted((folder / part).glob("*.bin")) + sorted((folder / part).glob("*.ckpt")):
+    for path in sorted(folder.glob("*.bin")) + sorted(folder.glob("*.ckpt")):
         TensorFile(path)  # raises, with the way to convert it
-    stem = folder / part / _WEIGHT_STEMS[part]
+    stem = folder / _WEIGHT_STEMS[part]
     raise CheckpointError(f"{stem}.safetensors: missing, and so is its fp16 variant")
 
 

@@ -102,7 +102,7 @@ def infer_configs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, 
     Shapes do not tell head and group counts: SD v1's 8 heads and 32 groups are taken.
     """
     try:
-        return {"unet": _infer_unet(shapes), "vae": _infer_vae(shapes), "text_encoder": _infer_text(shapes)}
+        return {"unet": _infer_unet(shapes), "vae": infer_vae(shapes), "text_encoder": _infer_text(shapes)}
     except KeyError as error:
         raise CheckpointError(f"not an SD-v1 checkpoint in the original layout: {error.args[0]} is missing") from error
 
@@ -135,7 +135,7 @@ def _infer_unet(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def _infer_vae(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
+def infer_vae(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     channels: list[int] = []
     while f"{VAE_PREFIX}encoder.down.{len(channels)}.block.0.conv1.weight" in shapes:
         channels.append(shapes[f"{VAE_PREFIX}encoder.down.{len(channels)}.block.0.conv1.weight"][0])

@@ -50,13 +50,19 @@ class _Entry:
 
 
 class TensorFile:
-    """One safetensors file: its header, and its tensors on request."""
+    """One safetensors file: its header, and its tensors on request.
+
+    Attributes:
+        entries: where each tensor is, by its name.
+        metadata: the header's texts, if it has any.
+    """
 
     def __init__(self, path: Path) -> None:
         self.path = path
         if path.suffix in (".ckpt", ".bin", ".pt", ".pth"):
             target = _PICKLES.get(path.name, f"{path.stem}.safetensors")
             raise CheckpointError(f"{path}: {_PICKLE_ADVICE.format(name=path.name, target=target)}")
+        self.metadata: dict[str, str] = {}
         self.entries = self._read_header()
 
     def _read_header(self) -> dict[str, _Entry]:
@@ -71,7 +77,7 @@ class TensorFile:
             raw = file.read(length)
         try:
             header = json.loads(raw)
-            header.pop("__metadata__", None)
+            self.metadata = dict(header.pop("__metadata__", None) or {})
             entries = {
                 name: _Entry(item["dtype"], tuple(item["shape"]), *(8 + length + at for at in item["data_offsets"]))
                 for name, item in header.items()
@@ -139,11 +145,17 @@ class WeightSource:
         return found
 
 
-def load_module(module: nn.Module, source: WeightSource, device: torch.device, dtype: torch.dtype) -> None:
+def load_module(
+    module: nn.Module,
+    source: WeightSource,
+    device: torch.device,
+    dtype: torch.dtype,
+    change: Callable[[str, Tensor], Tensor] = lambda name, weight: weight,
+) -> None:
     """Fill a module built on the ``meta`` device; every key, shape, dtype and value is checked.
 
     One tensor at a time is in flight, so the peak is the weights themselves and their largest tensor. Convolution
-    weights are laid out channels-last.
+    weights are laid out channels-last. ``change`` makes of a weight, by its name, as the file has it, what is loaded.
     """
     available = source.find()
     expected: Mapping[str, Tensor] = module.state_dict()
@@ -156,12 +168,13 @@ def load_module(module: nn.Module, source: WeightSource, device: torch.device, d
     state: dict[str, Tensor] = {}
     for key, name in names.items():
         assert name is not None
-        state[key] = _read_checked(available[name], name, expected[key].shape, device, dtype)
+        weight = change(key, _read_checked(available[name], name, expected[key].shape))
+        state[key] = place(f"{available[name].path}: {name}", weight, device, dtype)
     module.load_state_dict(state, strict=True, assign=True)
     module.eval().requires_grad_(False)
 
 
-def _read_checked(file: TensorFile, name: str, shape: torch.Size, device: torch.device, dtype: torch.dtype) -> Tensor:
+def _read_checked(file: TensorFile, name: str, shape: torch.Size) -> Tensor:
     entry = file.entries[name]
     if entry.dtype not in _FLOATS:
         raise CheckpointError(f"{file.path}: {name}: expected a floating dtype, found {entry.dtype}")
@@ -171,10 +184,15 @@ def _read_checked(file: TensorFile, name: str, shape: torch.Size, device: torch.
     tensor = file.read(name)
     if not torch.isfinite(tensor).all():
         raise CheckpointError(f"{file.path}: {name}: expected finite values, found NaN or infinity")
-    tensor = tensor.reshape(shape).to(device=device, dtype=dtype)
-    if not torch.isfinite(tensor).all():
-        raise CheckpointError(f"{file.path}: {name}: values overflow {dtype}; load with dtype='float32' or 'bfloat16'")
-    return tensor.contiguous(memory_format=torch.channels_last) if tensor.ndim == 4 else tensor
+    return tensor.reshape(shape)
+
+
+def place(where: str, weight: Tensor, device: torch.device, dtype: torch.dtype) -> Tensor:
+    """A weight as the model holds it; ``where`` it is from is for the message where ``dtype`` does not hold it."""
+    weight = weight.to(device=device, dtype=dtype)
+    if not torch.isfinite(weight).all():
+        raise CheckpointError(f"{where}: values overflow {dtype}; load with dtype='float32' or 'bfloat16'")
+    return weight.contiguous(memory_format=torch.channels_last) if weight.ndim == 4 else weight
 
 
 def _differences(missing: Sequence[str], extra: Sequence[str]) -> str:

@@ -79,7 +79,7 @@ def test_schedule_without_a_file_is_sd15s_own() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr"),
+        ({"rescale_betas_zero_snr": True}, "rescale_betas_zero_snr needs prediction_type"),
         ({"use_lu_lambdas": True}, "use_lu_lambdas must be False"),
         ({"algorithm_type": "sde-dpmsolver++"}, "algorithm_type must be 'dpmsolver"),
         ({"final_sigmas_type": "sigma_min"}, "final_sigmas_type must be 'zero'"),

@@ -13,7 +13,6 @@ import engine
     ("field", "usual", "other"),
     [
         ("euler_at_final", False, True),
-        ("rescale_betas_zero_snr", False, True),
         ("thresholding", False, True),
         ("lower_order_final", True, False),
         ("predict_x0", True, False),

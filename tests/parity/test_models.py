@@ -16,20 +16,21 @@ _TOLERANCE = 2e-5
 @pytest.mark.parametrize("size", [(16, 16), (24, 16), (9, 11)], ids=str)
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_unet(shape: str, size: tuple[int, int]) -> None:
+def test_unet(shape: str, size: tuple[int, int], agrees) -> None:
     theirs = make_unet(shape)
     ours = UNet2DConditionModel(UNetConfig.from_dict(theirs.config)).eval()
     ours.load_state_dict(theirs.state_dict())
     sample, context = torch.randn(3, 4, *size), torch.randn(3, 77, 32)
     timesteps = torch.tensor([0, 481, 999])
     expected = theirs(sample, timesteps, context).sample
-    assert relative_error(ours(sample, timesteps, context), expected) <= _TOLERANCE
+    error = relative_error(ours(sample, timesteps, context), expected)
+    agrees("UNet, small random models", "UNet2DConditionModel", error, _TOLERANCE)
     assert relative_error(ours(sample, 481, context)[1:2], expected[1:2]) <= _TOLERANCE
 
 
 @pytest.mark.parametrize("shape", SHAPES)
 @torch.no_grad()
-def test_vae(shape: str) -> None:
+def test_vae(shape: str, agrees) -> None:
     theirs = make_vae(shape)
     ours = AutoencoderKL(VAEConfig.from_dict(theirs.config)).eval()
     ours.load_state_dict(theirs.state_dict())
@@ -38,16 +39,18 @@ def test_vae(shape: str) -> None:
     mean, std = ours.posterior(images)
     assert relative_error(mean, posterior.mean) <= _TOLERANCE
     assert relative_error(std, posterior.std) <= _TOLERANCE
-    assert relative_error(ours.encode(images), posterior.mean) <= _TOLERANCE
+    error = relative_error(ours.encode(images), posterior.mean)
+    agrees("VAE encoder, small random models", "AutoencoderKL", error, _TOLERANCE)
     expected = theirs.decode(latents).sample
-    assert relative_error(ours.decode(latents), expected) <= _TOLERANCE
+    error = relative_error(ours.decode(latents), expected)
+    agrees("VAE decoder, small random models", "AutoencoderKL", error, _TOLERANCE)
     assert relative_error(ours.decode(latents, slicing=True), expected) <= _TOLERANCE
 
 
-def test_text(tmp_path) -> None:
+def test_text(tmp_path, agrees) -> None:
     pipeline = save_pipeline("narrow", tmp_path)
     prompts = ["a photo of a red cat", "", "zebra " * 90]
     expected = pipeline.encode_prompt(prompts, "cpu", 1, False)[0]
     with pytest.warns(UserWarning, match="cut off"):
         actual = engine.load(tmp_path).encode_prompt(prompts)
-    assert relative_error(actual, expected) <= _TOLERANCE
+    agrees("text encoder", "StableDiffusionPipeline.encode_prompt", relative_error(actual, expected), _TOLERANCE)

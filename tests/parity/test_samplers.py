@@ -2,14 +2,16 @@
 
 import json
 from pathlib import Path
+from typing import Any
 
 import diffusers
 import pytest
 import torch
+from diffusers.schedulers import AysSchedules
 from torch import Tensor
 
 from engine.models.config import ScheduleConfig
-from engine.sampling.samplers import SAMPLERS, make_table
+from engine.sampling.samplers import SAMPLERS, WITH_ETA, make_table
 from engine.sampling.table import SamplerTable, step
 from tests.pipelines import SCHEDULER, SCHEDULERS, SD_V1_5_SCHEDULER, relative_error
 
@@ -29,10 +31,52 @@ def _ours(table: SamplerTable, latents: Tensor, draws: list[Tensor], image: Tens
     return x
 
 
-def _theirs(name: str, config: dict, steps: int, latents: Tensor, seed: int, eta: float, begin: int, image) -> Tensor:
+_WITH_GENERATOR = ("ddim", "ddpm", "euler_ancestral", "dpmpp_2m_sde", "lcm", "tcd")
+
+
+class _BrownianPath:
+    """In place of diffusers' Brownian tree: the same law, a path whose every new piece is drawn in order."""
+
+    def __init__(self, like: Tensor, generator: torch.Generator) -> None:
+        self.like, self.generator, self.path = like, generator, {}
+
+    def __call__(self, sigma: Tensor, sigma_next: Tensor) -> Tensor:
+        start, end = float(sigma), float(sigma_next)
+        self.path.setdefault(start, torch.zeros_like(self.like))
+        known = min(self.path)  # the path goes down
+        drawn = torch.randn(self.like.shape, generator=self.generator)
+        self.path[end] = self.path[known] + (known - end) ** 0.5 * drawn
+        return (self.path[end] - self.path[start]) / (start - end) ** 0.5
+
+
+def theirs(name: str, config: dict, steps: int, schedule: str | None = None) -> Any:
+    """diffusers' scheduler, set to some steps of a schedule."""
     scheduler_class, extra = SCHEDULERS[name]
+    extra = extra | _SCHEDULE_OPTIONS.get(schedule, {})
     scheduler = scheduler_class.from_config(config, **extra)
-    scheduler.set_timesteps(steps)
+    if schedule == "ays" and name != "euler_ancestral":
+        scheduler.set_timesteps(timesteps=AysSchedules["StableDiffusionTimesteps"])
+    else:
+        scheduler.set_timesteps(steps)
+    if schedule and name == "euler_ancestral":  # which takes no schedule, but any levels
+        other = theirs("euler", config, steps, schedule)
+        scheduler.sigmas, scheduler.timesteps = other.sigmas, other.timesteps
+    if schedule in ("exponential", "beta") and not scheduler.timesteps.is_floating_point():
+        scheduler.timesteps[0] = 999  # rounding makes a fraction less of it, and cutting off 998
+    if name == "deis":  # in float32 its coefficients cancel: a relative 1.7e-5 after 100 steps
+        scheduler.sigmas = scheduler.sigmas.double()
+    return scheduler
+
+
+_SCHEDULE_OPTIONS: dict[str | None, dict[str, Any]] = {
+    "karras": {"use_karras_sigmas": True},
+    "exponential": {"use_exponential_sigmas": True},
+    "beta": {"use_beta_sigmas": True},
+    "sgm_uniform": {"timestep_spacing": "trailing"},
+}
+
+
+def _theirs(scheduler, name: str, latents: Tensor, seed: int, eta: float, begin: int, image) -> Tensor:
     begin *= getattr(scheduler, "order", 1)  # as StableDiffusionImg2ImgPipeline counts
     timesteps = scheduler.timesteps[begin:]
     generator = torch.Generator().manual_seed(seed)
@@ -42,23 +86,27 @@ def _theirs(name: str, config: dict, steps: int, latents: Tensor, seed: int, eta
         if hasattr(scheduler, "set_begin_index"):
             scheduler.set_begin_index(begin)
         x = scheduler.add_noise(image, latents, timesteps[:1])
+    if name == "dpmpp_sde":
+        scheduler.noise_sampler = _BrownianPath(latents, generator)
     for timestep in timesteps:
         prediction = _model(scheduler.scale_model_input(x, timestep), timestep)
-        options = {"generator": generator} if name in ("ddim", "euler_ancestral", "lcm") else {}
-        if name == "ddim":
+        options = {"generator": generator} if name in _WITH_GENERATOR else {}
+        if name in WITH_ETA:
             options["eta"] = eta
         x = scheduler.step(prediction, timestep, x, **options).prev_sample
     return x
 
 
-def _compare(name: str, config: dict, steps: int, eta: float = 0.0, begin: int = 0) -> float:
+def _compare(
+    name: str, config: dict, steps: int, eta: float = 0.0, begin: int = 0, schedule: str | None = None
+) -> float:
     latents = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(7))
     image = torch.randn(2, 4, 6, 5, generator=torch.Generator().manual_seed(8)) if begin else None
     generator = torch.Generator().manual_seed(9)
-    draws = [torch.randn(latents.shape, generator=generator) for _ in range(steps)]
-    ours = _ours(make_table(name, ScheduleConfig.from_dict(config), steps, eta, begin), latents, draws, image)
-    theirs = _theirs(name, config, steps, latents, 9, eta, begin, image)
-    return relative_error(ours, theirs)
+    draws = [torch.randn(latents.shape, generator=generator) for _ in range(2 * steps)]
+    ours = _ours(make_table(name, ScheduleConfig.from_dict(config), steps, eta, begin, schedule), latents, draws, image)
+    expected = _theirs(theirs(name, config, steps, schedule), name, latents, 9, eta, begin, image)
+    return relative_error(ours, expected)
 
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 5, 14, 15, 20, 50])
@@ -69,8 +117,9 @@ def test_whole_trajectory(name: str, steps: int) -> None:
 
 @pytest.mark.parametrize("steps", [1, 2, 3, 8, 20, 31, 50])
 @pytest.mark.parametrize("name", SAMPLERS)
-def test_on_sd_v1_5_own_file(name: str, steps: int) -> None:
-    assert _compare(name, SD_V1_5_SCHEDULER, steps) <= 1e-5
+def test_on_sd_v1_5_own_file(name: str, steps: int, agrees) -> None:
+    against = SCHEDULERS[name][0].__name__ + "".join(f", {key}={value!r}" for key, value in SCHEDULERS[name][1].items())
+    agrees(f"sampler `{name}`", against, _compare(name, SD_V1_5_SCHEDULER, steps), 1e-5)
 
 
 @pytest.mark.parametrize("begin", [1, 4])
@@ -109,15 +158,16 @@ def test_pndm_refusals() -> None:
 
 
 @pytest.mark.parametrize("steps", [100, 250])
-@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"lcm"}))
+@pytest.mark.parametrize("name", sorted(set(SAMPLERS) - {"lcm", "tcd"}))
 def test_many_steps(name: str, steps: int) -> None:
     assert _compare(name, SCHEDULER, steps) <= 1e-5
 
 
 @pytest.mark.parametrize("eta", [0.3, 1.0])
 @pytest.mark.parametrize("steps", [2, 20])
-def test_ddim_eta(steps: int, eta: float) -> None:
-    assert _compare("ddim", SCHEDULER, steps, eta) <= 1e-5
+@pytest.mark.parametrize("name", WITH_ETA)
+def test_eta(name: str, steps: int, eta: float) -> None:
+    assert _compare(name, SCHEDULER, steps, eta) <= 1e-5
 
 
 @pytest.mark.parametrize(

@@ -9,7 +9,7 @@ from tests.pipelines import SD_V1_5_SCHEDULER
 SCHEDULE = ScheduleConfig.from_dict(SD_V1_5_SCHEDULER)
 _HISTORY = {
     "ddim": 0, "euler": 0, "euler_ancestral": 0, "lcm": 0, "heun": 2, "dpmpp_2m": 1, "dpmpp_2m_karras": 1, "pndm": 3,
-    "unipc": 3,
+    "unipc": 3, "ddpm": 0, "dpm2": 1, "dpmpp_2m_sde": 1, "dpmpp_sde": 2, "deis": 1, "tcd": 0,
 }  # fmt: skip
 
 

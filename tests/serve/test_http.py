@@ -332,7 +332,7 @@ def test_a1111_lists_and_options(webui: webuiapi.WebUIApi) -> None:
         ({"subseed_strength": 0.5}, "subseed_strength must be 0"),
         ({"styles": ["anime"]}, "styles must be"),
         ({"sampler_name": "DPM fast"}, "sampler_name must be one of DDIM, PLMS"),
-        ({"scheduler": "Karras"}, "scheduler must be"),
+        ({"scheduler": "Turbo"}, "scheduler must be one of Automatic, Karras"),
         ({"eta": 0.5}, "eta must be 1 for Euler a"),
         ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers must be 1"),
         ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": True}]}}}, "alwayson_scripts must be empty"),

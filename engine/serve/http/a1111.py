@@ -13,7 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
-from ...result import A1111_SAMPLERS
+from ...result import A1111_SAMPLERS, A1111_SCHEDULES
 from .book import base64_of
 from .errors import ERRORS
 from .own import preview_of
@@ -48,7 +48,8 @@ _MOOT = frozenset((
     "inpaint_full_res_padding", "inpainting_mask_invert", "include_init_images", "disable_extra_networks",
     "latent_mask", "firstpass_image", "comments", "infotext", "force_task_id", "distilled_cfg_scale",
 ))  # fmt: skip
-_SCHEDULES = ("automatic", "Automatic", "", None)
+_SCHEDULES: dict[str, str | None] = {"automatic": None, "": None}
+_SCHEDULES |= {one.lower(): ours for ours, label in A1111_SCHEDULES.items() for one in (ours, label)}
 _SAMPLERS = {name.lower(): ours for ours, name in A1111_SAMPLERS.items()} | {ours: ours for ours in A1111_SAMPLERS}
 
 
@@ -137,7 +138,8 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/schedulers")
     async def schedulers() -> list[dict[str, Any]]:
-        return [{"name": "automatic", "label": "Automatic"}]
+        named = {"automatic": "Automatic"} | A1111_SCHEDULES
+        return [{"name": name, "label": label} for name, label in named.items()]
 
     @router.get("/sd-models")
     async def models() -> list[dict[str, Any]]:
@@ -177,8 +179,9 @@ def _options(service: Service, body: Txt2Img) -> dict[str, Any]:
     scripts = {name: given for name, given in (body.alwayson_scripts or {}).items() if _acts(given)}
     if scripts:
         raise ValueError(f"alwayson_scripts must be empty on this server, got {', '.join(sorted(scripts))}")
-    if body.scheduler not in _SCHEDULES:
-        raise ValueError(f"scheduler must be 'automatic' on this server, got {body.scheduler!r}")
+    if (body.scheduler or "").lower() not in _SCHEDULES:
+        known = ", ".join(["Automatic", *A1111_SCHEDULES.values()])
+        raise ValueError(f"scheduler must be one of {known}, got {body.scheduler!r}")
     asked = body.sampler_name or body.sampler_index
     sampler = _SAMPLERS.get((asked or "Euler").lower())
     if sampler is None:
@@ -189,6 +192,7 @@ def _options(service: Service, body: Txt2Img) -> dict[str, Any]:
         "guidance_scale": 7.0 if body.cfg_scale is None else body.cfg_scale,
         "sampler": sampler,
         "images_per_prompt": (body.batch_size or 1) * (body.n_iter or 1),
+        "schedule": _SCHEDULES[(body.scheduler or "").lower()],
         "width": body.width,
         "height": body.height,
     }

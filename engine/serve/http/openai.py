@@ -23,7 +23,17 @@ from .errors import ERRORS, describe
 from .own import event, preview_of
 from .service import Service
 
-_MODELS_OWN = ("negative_prompt", "steps", "guidance_scale", "sampler", "eta", "seed", "strength", "weighting")
+_MODELS_OWN = (
+    "negative_prompt",
+    "steps",
+    "guidance_scale",
+    "sampler",
+    "eta",
+    "seed",
+    "strength",
+    "weighting",
+    "schedule",
+)
 _CUSTOM = ("concepts", "foundation", "concept_strength", "dci", "auxiliary_noun", "dci_strength", "dci_fraction")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that this model cannot honour, and the values that ask for nothing
     "quality": (None, "auto", "standard"),

@@ -16,6 +16,7 @@ from ...methods.asked import Asked
 from ...result import Result
 from ...sampling.arguments import Options
 from ...sampling.samplers import SAMPLERS
+from ...sampling.schedule import SCHEDULES
 from .book import Entry, base64_of, encoded, failure
 from .errors import ERRORS, describe
 from .service import OVER_HTTP, Service
@@ -147,6 +148,7 @@ def make_router(service: Service) -> APIRouter:
             "size": side,
             "factor": sd.limits.factor,
             "samplers": list(SAMPLERS),
+            "schedules": list(SCHEDULES),
             "limits": {one.name: getattr(limits, one.name) for one in fields(limits)},
         }
 

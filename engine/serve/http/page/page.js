@@ -41,6 +41,7 @@ async function readAbout() {
   const name = about.model.split("/").pop();
   $("about").textContent = `${name} on ${about.device} in ${about.dtype}`;
   $("sampler").replaceChildren(...about.samplers.map((one) => new Option(one, one)));
+  $("schedule").append(...about.schedules.map((one) => new Option(one, one)));
   $("steps").max = Math.min(100, about.limits.steps);
   $("count").max = about.limits.images;
   for (const side of ["width", "height"]) {
@@ -80,6 +81,7 @@ async function wanted() {
   body.steps = Number($("steps").value);
   body.guidance_scale = Number($("guidance_scale").value);
   body.sampler = $("sampler").value;
+  if ($("schedule").value) body.schedule = $("schedule").value;
   body.images_per_prompt = Number($("count").value);
   for (const id of ["seed", "width", "height"]) if ($(id).value !== "") body[id] = Number($(id).value);
   if ($("negative_prompt").value && body.guidance_scale > 1) body.negative_prompt = $("negative_prompt").value;
