@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.backends.ops import Ops
 from engine.kernels.attention import attention_triton
+from engine.kernels.conv3x3 import conv3x3_ref
 from engine.kernels.cross_attention import cross_attention_triton
 from engine.kernels.dbim import dbim_triton
 from engine.kernels.group_norm_silu import group_norm_silu_triton, group_norm_triton
@@ -33,6 +34,7 @@ KERNELS = Ops(  # every Triton kernel, whether or not it is chosen
     dbim=dbim_triton,
     group_norm=group_norm_triton,
     group_norm_silu=group_norm_silu_triton,
+    conv3x3=conv3x3_ref,
     residual_add=residual_add_triton,
     layer_norm_linear=layer_norm_linear_triton,
     layer_norm_geglu=layer_norm_geglu_triton,
