@@ -30,7 +30,7 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "threads": torch.get_num_threads(),
         "platform": platform.platform(),
         "python": platform.python_version(),
-        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "diffusers")},
+        "versions": {name: metadata.version(name) for name in ("torch", "transformers", "diffusers", "openvino")},
         "commit": _git("rev-parse", "HEAD") + ("+changes" if changed else ""),
         "date": datetime.date.today().isoformat(),
         **(_gpu(device) if device.startswith("cuda") else {}),

@@ -12,6 +12,7 @@ from torch import Tensor
 
 from engine.backends.ops import Ops
 from engine.kernels.attention import attention_triton
+from engine.kernels.conv3x3 import conv3x3_ref
 from engine.kernels.cross_attention import cross_attention_triton
 from engine.kernels.dbim import dbim_triton
 from engine.kernels.group_norm_silu import group_norm_silu_triton, group_norm_triton
@@ -33,6 +34,7 @@ KERNELS = Ops(  # every Triton kernel, whether or not it is chosen
     dbim=dbim_triton,
     group_norm=group_norm_triton,
     group_norm_silu=group_norm_silu_triton,
+    conv3x3=conv3x3_ref,
     residual_add=residual_add_triton,
     layer_norm_linear=layer_norm_linear_triton,
     layer_norm_geglu=layer_norm_geglu_triton,
@@ -81,6 +83,7 @@ def cases() -> Iterator[tuple[str, Op]]:
         yield f"linear_add_composed_{N}x{C}", _composed(N, C)
         side = int(N**0.5)
         yield f"group_norm_silu_{C}x{side}x{side}", _norm(C, side)
+        yield f"conv3x3_{C}x{side}x{side}", _convolution(C, side)
         yield f"residual_add_{C}x{side}x{side}", _convolved(C, side)
         yield f"residual_apply_{N}x{C}", _residual(N, C)
 
@@ -141,6 +144,16 @@ def _residual(N: int, C: int) -> Op:
         return [x, out, columns, torch.tensor([0, 1]), residuals]
 
     return Op("residual_apply", make, (C,), values=3.0 * ROWS * N * C)
+
+
+def _convolution(C: int, side: int) -> Op:
+    """Its FLOPs are those of 9 products a position, of which minimal filtering takes a quarter."""
+
+    def make(dtype: torch.dtype) -> list[Any]:
+        tensors = (random(ROWS, C, side, side), random(C, C, 3, 3) * (9 * C) ** -0.5)
+        return [*(x.to(dtype).contiguous(memory_format=torch.channels_last) for x in tensors), random(C).to(dtype)]
+
+    return Op("conv3x3", make, (C,), flops=18.0 * ROWS * side**2 * C**2)
 
 
 def _convolved(C: int, side: int) -> Op:

@@ -36,7 +36,7 @@ from benchmarks.systems import (
 from engine.methods.dci import PRESETS
 
 
-class _Loaded:
+class Loaded:
     """A pipeline with channels-last weights, and what the cases feed it."""
 
     def __init__(self, folder: Path, dtype: torch.dtype, device: str) -> None:
@@ -80,9 +80,9 @@ class _Loaded:
         return System(name, cases, self.generate, parameter_bytes(*models))
 
 
-def diffusers_eager(folder: Path, dtype: torch.dtype, device: str = "cpu") -> System:
-    """diffusers as its users run it: SDPA attention, channels-last weights."""
-    loaded = _Loaded(folder, dtype, device)
+def diffusers_eager(folder: Path, dtype: torch.dtype, device: str = "cpu", loaded: Loaded | None = None) -> System:
+    """diffusers as its users run it: SDPA attention, channels-last weights; of ``loaded``, where systems share them."""
+    loaded = loaded or Loaded(folder, dtype, device)
     pipeline, rows, context = loaded.pipeline, loaded.rows, loaded.context
     processors = _Processors(pipeline.unet)
 
@@ -104,9 +104,9 @@ def diffusers_eager(folder: Path, dtype: torch.dtype, device: str = "cpu") -> Sy
     return replace(loaded.system("diffusers_eager", cases), generate=generate)
 
 
-def diffusers_compile(folder: Path, dtype: torch.dtype, device: str = "cpu") -> System:
+def diffusers_compile(folder: Path, dtype: torch.dtype, device: str = "cpu", loaded: Loaded | None = None) -> System:
     """diffusers with its UNet and VAE decoder through ``torch.compile``: inductor, on a GPU with max-autotune."""
-    loaded = _Loaded(folder, dtype, device)
+    loaded = loaded or Loaded(folder, dtype, device)
     mode = None if device == "cpu" else "max-autotune"
     unet, decode = (torch.compile(part, mode=mode) for part in (loaded.pipeline.unet, loaded.pipeline.vae.decode))
     cases = loaded.steps(unet) | {"vae_decode": lambda: decode(loaded.unscaled).sample}
@@ -115,7 +115,7 @@ def diffusers_compile(folder: Path, dtype: torch.dtype, device: str = "cpu") -> 
 
 def diffusers_xformers(folder: Path, dtype: torch.dtype, device: str) -> System:
     """diffusers with the attention of xformers."""
-    loaded = _Loaded(folder, dtype, device)
+    loaded = Loaded(folder, dtype, device)
     loaded.pipeline.enable_xformers_memory_efficient_attention()
     return loaded.system("diffusers_xformers", loaded.steps(loaded.pipeline.unet))
 

@@ -125,9 +125,10 @@ def _rows(result: dict[str, Any]) -> Rows:
 def _measured_on(path: Path, result: dict[str, Any]) -> str:
     about = result["machine"]
     cpu = f"{about.get('cpu')} ({about.get('cpu_flags')}), {about.get('threads')} threads"
+    openvino = f", OpenVINO {about['versions']['openvino']}" if "openvino" in about["versions"] else ""
     return (
         f"{about['device'] if _is_gpu(result) else cpu}, torch {about['versions']['torch']}, diffusers "
-        f"{about['versions']['diffusers']}, commit {about['commit'][:9]} "
+        f"{about['versions']['diffusers']}{openvino}, commit {about['commit'][:9]} "
         f"([{path.name}](benchmarks/results/{path.name}))"
     )
 
@@ -143,18 +144,20 @@ def _compared(result: dict[str, Any], of_methods: bool) -> list[tuple[tuple[str,
 def _speed(path: Path, result: dict[str, Any]) -> str:
     lines = [
         f"{_measured_on(path, result)}; median ms (p10 to p90):\n",
-        "| case | dtype | rows | twinstream | diffusers | ratio | torch.compile | ratio | error (diffusers') "
-        "| GB (diffusers') |",
-        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
+        "| case | dtype | rows | twinstream | diffusers | ratio | torch.compile | ratio | OpenVINO | ratio "
+        "| error (diffusers', OpenVINO's) | GB (diffusers') |",
+        "| --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- | --- |",
     ]
     for (case, dtype, n_rows), systems in _compared(result, of_methods=False):
-        ours, theirs, compiled = systems["twinstream"], systems["diffusers_eager"], systems.get("diffusers_compile")
+        ours, theirs = systems["twinstream"], systems["diffusers_eager"]
+        others = [systems.get(name) for name in ("diffusers_compile", "openvino")]
         memory = [record["peak_memory_bytes"] for record in (ours, theirs)]
         memory = "" if None in memory else f"{memory[0] / 1e9:.1f} ({memory[1] / 1e9:.1f})"
-        others = f"{_time(compiled)} | {_ratio(ours, compiled)}" if compiled else "not measured | "
+        cells = [f"{_time(other)} | {_ratio(ours, other)}" if other else "not measured | " for other in others]
+        errors = _errors(ours, theirs, *([others[1]] if others[1] else []))
         lines.append(
             f"| {case} | {dtype} | {n_rows} | {_time(ours)} | {_time(theirs)} | {_ratio(ours, theirs)} | "
-            f"{others} | {_errors(ours, theirs)} | {memory} |"
+            f"{' | '.join(cells)} | {errors} | {memory} |"
         )
     return "\n".join(lines) + "\n" if len(lines) > 3 else ""
 
@@ -210,9 +213,9 @@ def _ratio(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
     return f"{theirs['median_ms'] / ours['median_ms']:.2f}x"
 
 
-def _errors(ours: dict[str, Any], theirs: dict[str, Any]) -> str:
-    errors = [record["rel_error"] for record in (ours, theirs)]
-    return "" if None in errors else f"{errors[0]:.1e} ({errors[1]:.1e})"
+def _errors(ours: dict[str, Any], *theirs: dict[str, Any]) -> str:
+    errors = [record["rel_error"] for record in (ours, *theirs)]
+    return "" if None in errors else f"{errors[0]:.1e} ({', '.join(f'{error:.1e}' for error in errors[1:])})"
 
 
 def _quality(path: Path, result: dict[str, Any]) -> str:

@@ -40,7 +40,10 @@ _GROUPS = {
         Group("speed", ("benchmarks/test_speed.py", "-m", "not slow")),
         Group("ops", ("benchmarks/test_ops.py",)),
     ),
-    "slow": (Group("full_size", ("benchmarks/test_speed.py", "-m", "slow")),),
+    "slow": tuple(  # of one dtype at a time: the systems' weights are in memory together
+        Group(f"full_size_{dtype}", ("benchmarks/test_speed.py", "-m", "slow", "-k", dtype))
+        for dtype in ("float32", "bfloat16")
+    ),
     "gpu": (  # how long it takes is not measured
         Group("kernels", (_GPU, "-k", "test_kernels"), 90),
         Group("steps", (_GPU, "-k", "test_steps"), 140),

@@ -19,7 +19,9 @@ pytestmark = pytest.mark.skipif(not levels(), reason="native kernels are not bui
 _ROUNDS = 9
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 _CASES = {
-    name: op for name, op in cases() if op.name == "attention" or any(size in name for size in ("_4096x", "_320x64"))
+    name: op
+    for name, op in cases()
+    if op.name in ("attention", "conv3x3") or any(size in name for size in ("_4096x", "_320x64"))
 }
 
 

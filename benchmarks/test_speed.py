@@ -13,14 +13,15 @@ import pytest
 import torch
 
 from benchmarks.conftest import Keep
+from benchmarks.openvino_peer import openvino
 from benchmarks.ops import relative_error
-from benchmarks.peers import diffusers_compile, diffusers_eager
+from benchmarks.peers import Loaded, diffusers_compile, diffusers_eager
 from benchmarks.systems import CONCEPT_SETS, FULL_SIZE, System, full_size_folder, twinstream
 from benchmarks.turns import milliseconds, take_turns
 from engine.weights.checkpoint import EMBEDDED_MODEL
 
 _CASES = ("guided_step", "vae_decode", "generate_20")
-_COMPILED = _CASES[:2]  # which torch.compile runs too
+_COMPILED = _CASES[:2]  # which torch.compile runs too; OpenVINO runs all
 _METHOD_ROWS = {
     "infusion_parallel_1": 4,
     "infusion_shared": 3,
@@ -39,25 +40,44 @@ def _folder(model: str) -> Path:
 
 
 @cache
-def _systems(model: str, dtype: str) -> list[System]:
-    """Ours first, then diffusers."""
-    return [make(_folder(model), _DTYPES[dtype]) for make in (twinstream, diffusers_eager)]
+def _twinstream(model: str, dtype: str) -> System:
+    return twinstream(_folder(model), _DTYPES[dtype])
+
+
+@cache
+def _loaded(model: str, dtype: str) -> Loaded:
+    return Loaded(_folder(model), _DTYPES[dtype], "cpu")
+
+
+@cache
+def _diffusers(model: str, dtype: str) -> System:
+    return diffusers_eager(_folder(model), _DTYPES[dtype], loaded=_loaded(model, dtype))
 
 
 @cache
 def _compiled(model: str, dtype: str) -> System:
-    return diffusers_compile(_folder(model), _DTYPES[dtype])
+    return diffusers_compile(_folder(model), _DTYPES[dtype], loaded=_loaded(model, dtype))
+
+
+@cache
+def _openvino(model: str, dtype: str) -> System:
+    return openvino(_folder(model), _DTYPES[dtype])
+
+
+def _systems(model: str, case: str, dtype: str) -> list[System]:
+    """Ours, and the peers that have the case."""
+    peers = [_diffusers, *([_compiled] if case in _COMPILED else []), *([_openvino] if case in _CASES else [])]
+    return [make(model, dtype) for make in (_twinstream, *peers)]
 
 
 @cache
 def _exact(model: str, case: str) -> torch.Tensor:
     """What diffusers computes in float32."""
-    return _systems(model, "float32")[1].cases[case]().double()
+    return _diffusers(model, "float32").cases[case]().double()
 
 
 def _compare(benchmark: Any, keep: Keep, model: str, case: str, dtype: str, rounds: int, rows: int = 2) -> None:
-    systems = [*_systems(model, dtype), *([_compiled(model, dtype)] if case in _COMPILED else [])]
-    runs = {system.name: system.cases[case] for system in systems}
+    runs = {system.name: system.cases[case] for system in _systems(model, case, dtype)}
     with torch.no_grad():
         exact = _exact(model, case)
         errors = {name: relative_error(run(), exact) for name, run in runs.items()}

@@ -7,12 +7,10 @@
 #include <cmath>
 #include <limits>
 
-#include "simd.h"
+#include "products.h"
 
 namespace twinstream {
 
-constexpr int kRows = kLanes == 16 ? 8 : 4;    // queries of a tile; kRows * kColumns sums fill the registers
-constexpr int kColumns = 3;                    // vectors of keys, or of a head's channels, side by side
 constexpr int kBlock = 8 * kColumns * kLanes;  // keys of a block
 constexpr int64_t kMaxHeadDim = 512;
 
@@ -20,48 +18,6 @@ constexpr int64_t kMaxHeadDim = 512;
 struct AttentionSizes {
   int64_t B, N, S, H, D, q_row, k_row, v_row;
 };
-
-// What products are made of: floats, or pairs of bfloat16 where one instruction multiplies and adds both.
-template <typename T>
-struct Product {
-  using Element = float;
-  using Weight = float;
-  static constexpr int kPair = 1;
-};
-
-inline Floats multiply_add(Floats sum, float a, const float* b) { return sum + a * load(b); }
-
-inline void pair(float& packed, float x, float) { packed = x; }
-inline void pair(float& packed, bfloat16 x, bfloat16) { packed = as_float(x); }
-
-#if defined(__AVX512BF16__)
-template <>
-struct Product<bfloat16> {
-  using Element = uint32_t;
-  using Weight = bfloat16;
-  static constexpr int kPair = 2;
-};
-
-inline Floats multiply_add(Floats sum, uint32_t a, const uint32_t* b) {
-  return (Floats)_mm512_dpbf16_ps((__m512)sum, (__m512bh)_mm512_set1_epi32((int)a), (__m512bh)_mm512_loadu_si512(b));
-}
-
-inline void pair(uint32_t& packed, bfloat16 x, bfloat16 y) { packed = x.bits | (uint32_t)y.bits << 16; }
-#endif
-
-// sums[r][c] += sum_k a[r * a_row + k] * b[k * b_step + c * b_column]
-template <int R, int C, typename E>
-inline void accumulate(Floats (&sums)[R][C], const E* a, int64_t a_row, const E* b, int64_t b_step, int64_t b_column,
-                       int64_t n) {
-  for (int64_t k = 0; k < n; k++) {
-#pragma GCC unroll 8
-    for (int r = 0; r < R; r++) {
-#pragma GCC unroll 3
-      for (int c = 0; c < C; c++)
-        sums[r][c] = multiply_add(sums[r][c], a[r * a_row + k], b + k * b_step + c * b_column);
-    }
-  }
-}
 
 template <typename T>
 struct Attention {

@@ -5,6 +5,7 @@
 #include "geglu.h"
 #include "norms.h"
 #include "residual.h"
+#include "winograd.h"
 
 using namespace twinstream;
 
@@ -30,7 +31,7 @@ T* to(void* p, T) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int twinstream_abi() { return 2; }
+EXPORT int twinstream_abi() { return 3; }
 
 // The best of 2 (AVX-512 with bfloat16 products), 1 (AVX2 with FMA) and 0 (baseline) that this processor runs.
 EXPORT int twinstream_level() {
@@ -96,4 +97,9 @@ EXPORT void twinstream_layer_norm(int is_bfloat16, const void* x, const void* we
 
 EXPORT void twinstream_geglu(int is_bfloat16, const void* x, void* out, int64_t rows, int64_t C) {
   with_type(is_bfloat16, [=](auto t) { geglu(in(x, t), to(out, t), rows, C); });
+}
+
+EXPORT void twinstream_conv3x3(const float* x, const float* weights, const float* bias, float* out,
+                               const ConvolutionSizes* n, int64_t threads) {
+  conv3x3(x, weights, bias, out, *n, threads);
 }

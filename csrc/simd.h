@@ -109,6 +109,18 @@ inline Floats max(Floats a, Floats b) {
 
 inline Floats min(Floats a, Floats b) { return a < b ? a : b; }
 
+// Lanes of a and b, which are counted on from a to b; ``which`` must be constants for the compiler.
+inline Floats shuffle(Floats a, Floats b, Ints which) {
+#if defined(__clang__)
+  Floats x;
+#pragma unroll
+  for (int i = 0; i < kLanes; i++) x[i] = which[i] < kLanes ? a[which[i]] : b[which[i] - kLanes];
+  return x;
+#else
+  return __builtin_shuffle(a, b, which);
+#endif
+}
+
 inline float sum(Floats x) {
 #if defined(__AVX512F__)
   return _mm512_reduce_add_ps((__m512)x);

@@ -64,6 +64,12 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--grace-seconds", type=float, default=30.0, help="for what runs when it is told to stop (default: 30)"
     )
+    parser.add_argument("--ray", action="store_true", help="draw on replicas through Ray Serve")
+    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="with --ray, at least (default: 1)")
+    parser.add_argument("--most-replicas", type=int, metavar="N", help="with --ray, by how many requests wait")
+    parser.add_argument("--cpus", type=float, default=1.0, help="with --ray, of each replica (default: 1)")
+    parser.add_argument("--gpus", type=float, default=0.0, help="with --ray, of each replica (default: 0)")
+    parser.add_argument("--address", help="with --ray, of a cluster (default: one is started)")
     parser.set_defaults(run=_serve)
 
 
@@ -77,10 +83,16 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     names = ("host", "port", "concepts", "max_rows", "max_waiting", "log_prompts", "grace_seconds")
     options = ServeOptions(**{name: getattr(arguments, name) for name in names})
-    tokens = read_tokens(arguments.token_file)
-    sd = load(**loading_arguments(arguments))
+    tokens, loading = read_tokens(arguments.token_file), loading_arguments(arguments)
+    sd, fleet = load(**loading), None
+    if arguments.ray:
+        from .serve.fleet import Fleet, FleetOptions
+
+        names = ("replicas", "most_replicas", "cpus", "gpus", "max_rows", "address")
+        asked = FleetOptions(**{name: getattr(arguments, name) for name in names})
+        fleet = Fleet(sd, loading, asked, options.max_waiting)
     print(f"http://{options.host}:{options.port}", flush=True)
-    serve(sd, options, tokens)
+    serve(sd, options, tokens, fleet)
     return 0
 
 

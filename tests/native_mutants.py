@@ -34,6 +34,7 @@ _SWAPS = (  # what stands between spaces is an operator; so are the others only 
     (r"\b1\.0f", "2.0f"),
     (r", (\w+), (\w+)\)", r", \2, \1)"),
 )
+_TESTS = ("tests/backends/test_winograd.py", "tests/backends/test_native.py")
 _SECONDS = 120.0
 
 
@@ -69,7 +70,7 @@ def judge(tree: Path, mutant: NativeMutant | None) -> str:
         lines[mutant.line - 1] = mutant.mutated
         source.write_text("\n".join(lines) + "\n")
     library, kernels = tree / "engine/backends/_native_baseline.so", tree / "csrc/kernels.cpp"
-    tests = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", "tests/backends/test_native.py"]
+    tests = [sys.executable, "-m", "pytest", "-x", "-q", "-p", "no:cacheprovider", *_TESTS]
     environment = os.environ | {"PYTHONPATH": str(tree), "PYTEST_XDIST_WORKER": "gw0"}
     try:
         built = ["g++", *_FLAGS, "-shared", "-fPIC", "-o", str(library), str(kernels)]

@@ -10,6 +10,7 @@ from torch import Tensor
 
 from ..kernels.attention import attention, attention_ref
 from ..kernels.choice import CHOSEN, faster_sizes
+from ..kernels.conv3x3 import conv3x3_ref
 from ..kernels.cross_attention import cross_attention, cross_attention_sdpa
 from ..kernels.dbim import dbim, dbim_ref
 from ..kernels.group_norm_silu import group_norm, group_norm_ref, group_norm_silu, group_norm_silu_ref
@@ -31,6 +32,7 @@ class Ops:
     dbim: Callable[[Tensor, Tensor, Tensor, Tensor, Tensor, Tensor, int, bool], Tensor]
     group_norm: Callable[[Tensor, Tensor, Tensor, int, float], Tensor]
     group_norm_silu: Callable[[Tensor, Tensor | None, Tensor, Tensor, int, float], Tensor]
+    conv3x3: Callable[[Tensor, Tensor, Tensor | None], Tensor]
     residual_add: Callable[[Tensor, Tensor, Tensor], Tensor]
     layer_norm_linear: Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor]
     layer_norm_geglu: Callable[[Tensor, Tensor, Tensor, float, Tensor, Tensor], Tensor]
@@ -45,6 +47,7 @@ TORCH = Ops(
     dbim=dbim_ref,
     group_norm=group_norm_ref,
     group_norm_silu=group_norm_silu_ref,
+    conv3x3=conv3x3_ref,
     residual_add=residual_add_ref,
     layer_norm_linear=layer_norm_linear_ref,
     layer_norm_geglu=layer_norm_geglu_ref,
@@ -58,6 +61,7 @@ TRITON = Ops(
     dbim=dbim,
     group_norm=group_norm,
     group_norm_silu=group_norm_silu,
+    conv3x3=conv3x3_ref,
     residual_add=residual_add,
     layer_norm_linear=layer_norm_linear,
     layer_norm_geglu=layer_norm_geglu,

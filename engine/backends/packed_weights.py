@@ -8,7 +8,7 @@ a second copy would only take memory.
 from __future__ import annotations
 
 from functools import cache
-from typing import Any
+from typing import Any, cast
 
 import torch
 import torch.nn.functional as F
@@ -44,35 +44,41 @@ class PackedLinear:
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
+class PackedConvolution:
+    """Convolutions that pack a weight when they first meet few positions, and again after a change of it."""
+
+    def __init__(self) -> None:
+        self._packed: Any = WeakTensorKeyDictionary()  # version and packed weight, as long as the weight lives
+
+    def __call__(
+        self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
+    ) -> Tensor:
+        """(B, C_in, h, w) to channels-last (B, C_out, h', w')."""
+        if x.shape[0] * x.shape[2] * x.shape[3] > _FEW_POSITIONS or not can_pack(x.dtype):
+            return F.conv2d(x, weight, bias, stride, padding)
+        x = x.contiguous(memory_format=torch.channels_last)
+        geometry = (padding, stride, (1, 1), 1)
+        version, packed = self._packed.get(weight, (None, None))
+        if version != _version(weight):
+            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, x.shape)
+            self._packed[weight] = _version(weight), packed
+        return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *geometry, "none", [], "")
+
+
 class PackedConv2d(nn.Module):
-    """A convolution that packs its weight when it first meets few positions, and again after a change of the weight."""
+    """A convolution with the same parameters and, at few positions, a packed weight."""
 
     def __init__(self, conv: nn.Conv2d) -> None:
         super().__init__()
         self.weight, self.bias = conv.weight, conv.bias
-        self.stride, self.padding = conv.stride, conv.padding
-        self._packed: tuple[Tensor, int, Tensor] | None = None  # of which weight, in which version
+        self.stride, self.padding = conv.stride, cast(tuple[int, ...], conv.padding)
+        self.convolution = PackedConvolution()
 
     def forward(self, x: Tensor) -> Tensor:
-        """(B, C_in, h, w) to channels-last (B, C_out, h', w')."""
-        return self._convolve(x, self.bias)
-
-    def without_bias(self, x: Tensor) -> Tensor:
-        return self._convolve(x, None)
-
-    def _convolve(self, x: Tensor, bias: Tensor | None) -> Tensor:
-        if x.shape[0] * x.shape[2] * x.shape[3] > _FEW_POSITIONS or not can_pack(x.dtype):
-            return F.conv2d(x, self.weight, bias, self.stride, self.padding)
-        x = x.contiguous(memory_format=torch.channels_last)
-        geometry = (self.padding, self.stride, (1, 1), 1)
-        weight, packed = self.weight, self._packed
-        if packed is None or packed[0] is not weight or packed[1] != _version(weight):
-            reordered = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, x.shape)
-            self._packed = packed = (weight, _version(weight), reordered)
-        return torch.ops.mkldnn._convolution_pointwise(x, packed[2], bias, *geometry, "none", [], "")
+        return self.convolution(x, self.weight, self.bias, self.stride, self.padding)
 
     def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"_packed": None}  # opaque: cannot be copied or pickled
+        return self.__dict__ | {"convolution": PackedConvolution()}  # packed weights cannot be copied or pickled
 
 
 class PackedPointwiseConv2d(nn.Module):

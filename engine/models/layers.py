@@ -30,13 +30,20 @@ class GroupNormSiLU(GroupNorm):
         return self.ops.group_norm_silu(x, shift, self.weight, self.bias, self.num_groups, self.eps)
 
 
-class Conv2d(nn.Conv2d):
-    """A convolution whose bias may be left to what comes after it."""
+class Conv3x3(nn.Conv2d):
+    """A 3x3 convolution of stride 1, whose bias may be left to what comes after it."""
 
     bias: Tensor
 
+    def __init__(self, in_channels: int, out_channels: int, ops: Ops) -> None:
+        super().__init__(in_channels, out_channels, 3, padding=1)
+        self.ops = ops
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.ops.conv3x3(x, self.weight, self.bias)
+
     def without_bias(self, x: Tensor) -> Tensor:
-        return F.conv2d(x, self.weight, None, self.stride, self.padding)
+        return self.ops.conv3x3(x, self.weight, None)
 
 
 class PointwiseConv2d(nn.Conv2d):
@@ -62,9 +69,9 @@ class ResnetBlock2D(nn.Module):
         super().__init__()
         self.ops = ops
         self.norm1 = GroupNormSiLU(groups, in_channels, eps, ops)
-        self.conv1 = Conv2d(in_channels, out_channels, 3, padding=1)
+        self.conv1 = Conv3x3(in_channels, out_channels, ops)
         self.norm2 = GroupNormSiLU(groups, out_channels, eps, ops)
-        self.conv2 = Conv2d(out_channels, out_channels, 3, padding=1)
+        self.conv2 = Conv3x3(out_channels, out_channels, ops)
         self.conv_shortcut = PointwiseConv2d(in_channels, out_channels) if in_channels != out_channels else None
 
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
@@ -92,19 +99,19 @@ class Downsample2D(nn.Module):
 class Upsample2D(nn.Module):
     """Nearest-neighbour enlargement to ``size`` (h, w), then a convolution."""
 
-    def __init__(self, channels: int) -> None:
+    def __init__(self, channels: int, ops: Ops) -> None:
         super().__init__()
-        self.conv = nn.Conv2d(channels, channels, 3, padding=1)
+        self.conv = Conv3x3(channels, channels, ops)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 
 
 def pack_convolutions(model: nn.Module) -> None:
-    """Replace the convolutions of a model by ones with the same parameters."""
+    """Replace a model's convolutions, but for those of ``Ops.conv3x3``, by ones with the same parameters."""
     for module in list(model.modules()):
         for name, child in module.named_children():
-            if isinstance(child, nn.Conv2d):
+            if isinstance(child, nn.Conv2d) and not isinstance(child, Conv3x3):
                 is_pointwise = isinstance(child, PointwiseConv2d)
                 setattr(module, name, PackedPointwiseConv2d(child) if is_pointwise else PackedConv2d(child))
 

@@ -65,7 +65,7 @@ class DownBlock2D(UNetStage):
 class UpBlock2D(UNetStage):
     def __init__(self, channels: list[int], out: int, n_heads: int, attention: bool, last: bool, config, ops):
         super().__init__(channels, out, n_heads, attention, config, ops)
-        self.upsamplers = None if last else nn.ModuleList([Upsample2D(out)])
+        self.upsamplers = None if last else nn.ModuleList([Upsample2D(out, ops)])
 
     def forward(self, x: Tensor, skips: list[Tensor], condition: Conditioning) -> Tensor:
         """Consumes its skip connections from the end of ``skips``; the one left on top gives the size to grow to."""

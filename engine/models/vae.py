@@ -68,7 +68,7 @@ class UpDecoderBlock2D(nn.Module):
         channels = [in_channels] + [out_channels] * config.layers_per_block
         resnets = [ResnetBlock2D(c, out_channels, config.norm_num_groups, _EPS, ops) for c in channels]
         self.resnets = nn.ModuleList(resnets)
-        self.upsamplers = None if last else nn.ModuleList([Upsample2D(out_channels)])
+        self.upsamplers = None if last else nn.ModuleList([Upsample2D(out_channels, ops)])
 
     def forward(self, x: Tensor) -> Tensor:
         for resnet in self.resnets:

@@ -50,6 +50,7 @@ def test_tables_follow_the_files(folder: Path) -> None:
         _RECORD | {"system": "twinstream", "median_ms": 4.0},
         _RECORD | {"system": "diffusers_eager", "median_ms": 6.0},
         _RECORD | {"system": "diffusers_compile", "median_ms": 3.0},
+        _RECORD | {"system": "openvino", "median_ms": 2.0, "rel_error": 3e-7},
         _RECORD | {"case": "vae_decode", "system": "twinstream", "median_ms": 1234.5},
         _RECORD | {"case": "vae_decode", "system": "diffusers_eager", "median_ms": 2469.0},
         _RECORD | {"case": "geglu", "system": "twinstream", "median_ms": 1.0, "bytes": 5e6},
@@ -58,9 +59,11 @@ def test_tables_follow_the_files(folder: Path) -> None:
     ]
     (folder / "a.json").write_text(json.dumps({"machine": _CPU, "records": records}))
     tables = report.tables()
-    ours_and_theirs = "| 4.0 (1.0 to 9.0) | 6.0 (1.0 to 9.0) | 1.50x | 3.0 (1.0 to 9.0) | 0.75x |"
-    assert f"| guided_step | float32 | 2 {ours_and_theirs} 1.0e-07 (1.0e-07) | 2.0 (2.0) |" in tables["speed"]
-    assert "| vae_decode | float32 | 2 | 1,234 (1 to 9) | 2,469 (1 to 9) | 2.00x | not measured |  |" in tables["speed"]
+    ours_and_theirs = "| 4.0 (1.0 to 9.0) | 6.0 (1.0 to 9.0) | 1.50x | 3.0 (1.0 to 9.0) | 0.75x"
+    and_openvino = "| 2.0 (1.0 to 9.0) | 0.50x | 1.0e-07 (1.0e-07, 3.0e-07) | 2.0 (2.0) |"
+    assert f"| guided_step | float32 | 2 {ours_and_theirs} {and_openvino}" in tables["speed"]
+    alone = "| vae_decode | float32 | 2 | 1,234 (1 to 9) | 2,469 (1 to 9) | 2.00x"
+    assert f"{alone} | not measured |  | not measured |  | 1.0e-07 (1.0e-07) | 2.0 (2.0) |" in tables["speed"]
     assert "| geglu | float32 | 1.0 (1.0 to 9.0) | 2.0 (1.0 to 9.0) | 2.00x | 5 GB/s | 25 % of 20 |" in tables["ops"]
     assert "commit 012345678 " in tables["speed"]
     assert tables["methods"] == ""

@@ -4,6 +4,7 @@ import pytest
 import torch
 
 import engine
+from engine.backends.native import levels, native_ops
 from engine.models.config import UNetConfig, VAEConfig
 from engine.models.unet import UNet2DConditionModel
 from engine.models.vae import AutoencoderKL
@@ -26,6 +27,25 @@ def test_unet(shape: str, size: tuple[int, int], agrees) -> None:
     error = relative_error(ours(sample, timesteps, context), expected)
     agrees("UNet, small random models", "UNet2DConditionModel", error, _TOLERANCE)
     assert relative_error(ours(sample, 481, context)[1:2], expected[1:2]) <= _TOLERANCE
+
+
+@pytest.mark.skipif(not levels(), reason="native kernels are not built here")
+@pytest.mark.parametrize("shape", SHAPES)
+@torch.no_grad()
+def test_convolutions_by_minimal_filtering(shape: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """All 3x3 ones of stride 1, however few their positions and channels."""
+    monkeypatch.setattr("engine.backends.native.is_filtering_faster", lambda *_: True)
+    theirs, their_vae = make_unet(shape), make_vae(shape)
+    ours = UNet2DConditionModel(UNetConfig.from_dict(theirs.config), native_ops()).eval().requires_grad_(False)
+    vae = AutoencoderKL(VAEConfig.from_dict(their_vae.config), native_ops()).eval().requires_grad_(False)
+    for model, their_model in ((ours, theirs), (vae, their_vae)):
+        model.load_state_dict(their_model.state_dict())
+        model.to(memory_format=torch.channels_last)
+    sample, context = torch.randn(2, 4, 9, 11), torch.randn(2, 77, 32)
+    expected = theirs(sample, 481, context).sample
+    assert relative_error(ours(sample, 481, context), expected) <= _TOLERANCE
+    expected = their_vae.decode(sample).sample
+    assert relative_error(vae.decode(sample), expected) <= 5e-5
 
 
 @pytest.mark.parametrize("shape", SHAPES)

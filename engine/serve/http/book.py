@@ -17,7 +17,10 @@ from torch import Tensor
 
 from ...observe.progress import Callback
 from ...result import Result
+from ..fleet import FleetJob
 from ..job import Job
+
+AnyJob = Job | FleetJob
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 
@@ -44,10 +47,10 @@ class Entry:
     watchers: list[Callable[[], None]] = field(default_factory=list)
     ended: float | None = None
     pictures: dict[tuple[int, str, bool], bytes] = field(default_factory=dict)
-    submitted: Job | None = None
+    submitted: AnyJob | None = None
 
     @property
-    def job(self) -> Job:
+    def job(self) -> AnyJob:
         """The scheduler's."""
         assert self.submitted is not None
         return self.submitted
@@ -89,7 +92,7 @@ class Book:
         self._entries: dict[str, Entry] = {}
         self._lock = threading.Lock()
 
-    def add(self, name: str | None, digest: str, submit: Callable[[Callback], Job]) -> Entry:
+    def add(self, name: str | None, digest: str, submit: Callable[[Callback], AnyJob]) -> Entry:
         """The entry of that id, made by ``submit(callback)`` unless it is there: asking twice draws once.
 
         Raises:
@@ -131,7 +134,7 @@ class Book:
         self._entries = {name: entry for name, entry in self._entries.items() if name not in late}
 
 
-def _submitted(entry: Entry, submit: Callable[[Callback], Job]) -> Entry:
+def _submitted(entry: Entry, submit: Callable[[Callback], AnyJob]) -> Entry:
     entry.submitted = submit(entry.on_step)
     return entry
 
@@ -147,6 +150,6 @@ def base64_of(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def failure(job: Job) -> BaseException | None:
+def failure(job: AnyJob) -> BaseException | None:
     """What a finished job failed with; cancelling counts."""
     return CancelledError("the request was cancelled") if job.cancelled() else job.exception()

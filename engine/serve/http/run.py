@@ -14,6 +14,7 @@ import uvicorn
 
 from ...engine import Engine
 from ...weights.checkpoint import ASSETS
+from ..fleet import Fleet
 from ..scheduler import Scheduler
 from .app import make_app
 from .guard import LOG
@@ -74,15 +75,14 @@ def check_address(host: str, tokens: Sequence[str]) -> None:
         raise ValueError(f"{rule}, got {host!r} without")
 
 
-def make_service(sd: Engine, options: ServeOptions, temporary: Path) -> Service:
-    """The service of one Engine; ``temporary`` is its folder of concepts where no other is given."""
-    shelf = Shelf(sd, options.concepts or temporary, ASSETS / "concepts")
-    scheduler = Scheduler(sd, options.max_rows, options.max_waiting)
-    return Service(scheduler, shelf, options.limits)
-
-
-def serve(sd: Engine, options: ServeOptions, tokens: Sequence[str]) -> None:
+def serve(sd: Engine, options: ServeOptions, tokens: Sequence[str], fleet: Fleet | None = None) -> None:
     """Serve until SIGINT or SIGTERM: what runs is then finished, within its time, and nothing new is taken.
+
+    Args:
+        sd: the Engine, which checks what clients send, and draws it unless there is a fleet.
+        options: how.
+        tokens: see ``make_app``.
+        fleet: who draws.
 
     Raises:
         ValueError: it would be open to other machines without a token.
@@ -92,7 +92,9 @@ def serve(sd: Engine, options: ServeOptions, tokens: Sequence[str]) -> None:
     LOG.addHandler(handler := logging.StreamHandler())
     handler.setFormatter(logging.Formatter("%(message)s"))
     with tempfile.TemporaryDirectory(prefix="twinstream-") as temporary:
-        service = make_service(sd, options, Path(temporary))
+        shelf = Shelf(sd, options.concepts or Path(temporary), ASSETS / "concepts")
+        scheduler = Scheduler(sd, options.max_rows, options.max_waiting) if fleet is None else fleet
+        service = Service(scheduler, shelf, options.limits)
         app = make_app(service, tokens, options.log_prompts, options.grace_seconds)
         config = uvicorn.Config(
             app,

@@ -22,9 +22,9 @@ from ...methods.asked import take_asked
 from ...observe.progress import Callback
 from ...result import Result
 from ...sampling.arguments import Options
-from ..job import Job
+from ..fleet import Fleet
 from ..scheduler import Scheduler
-from .book import Book, Entry, failure
+from .book import AnyJob, Book, Entry, failure
 from .previews import Previews
 from .shelf import Shelf
 
@@ -68,7 +68,7 @@ class Service:
         seconds: that they took, by path.
     """
 
-    def __init__(self, scheduler: Scheduler, shelf: Shelf, limits: Limits) -> None:
+    def __init__(self, scheduler: Scheduler | Fleet, shelf: Shelf, limits: Limits) -> None:
         self.scheduler, self.sd, self.shelf, self.limits = scheduler, scheduler.sd, shelf, limits
         self.book, self.previews = Book(limits.keep_seconds), Previews(scheduler.sd.vae)
         self.started = time.time()
@@ -101,7 +101,7 @@ class Service:
         decides = json.dumps([prompt, dict(given), image], sort_keys=True)
         digest = hashlib.sha256(decides.encode()).hexdigest()
 
-        def submit(on_step: Callback) -> Job:
+        def submit(on_step: Callback) -> AnyJob:
             values = dict(given)
             asked = take_asked(values)
             self._check_limits(prompt, values)
