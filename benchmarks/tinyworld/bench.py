@@ -19,7 +19,7 @@ from benchmarks.tinyworld.captions import full_prompt
 from benchmarks.tinyworld.concepts import CONCEPTS, held_out_pictures, reference_pictures
 from benchmarks.tinyworld.data import HELD_OUT_SEED, pictures_at, scene_at, to_tensor
 from benchmarks.tinyworld.evaluate import judge, reconstruct
-from benchmarks.tinyworld.look_judge import look_judge, overlap
+from benchmarks.tinyworld.look_judge import Look, look_judge, overlap
 from benchmarks.tinyworld.scene import Scene, Thing
 from engine.evaluate.bootstrap import estimate
 from engine.evaluate.divergence import fisher_divergence, noise_predictor
@@ -114,15 +114,10 @@ class Bench:
         seconds = (time.perf_counter() - start) / len(out.images)
         groups = [i for i in range(len(self.prompts)) for _ in range(self.seeds)]
         pictures = to_tensor(out.images)
-        looks, seen = self.looks.see(pictures), self.evaluator.classify(pictures)
+        looks, asked = self.looks.see(pictures), [self.prompts[i] for i in groups]
         embedded = self.evaluator.embed_pictures(pictures)
         plain = self.evaluator.embed_texts([prompt.text.format(self.noun) for prompt in self.prompts])
-        asked = [self.prompts[i] for i in groups]
-        values = {
-            "concept": [float(look.shows(self.concept)) for look in looks],
-            "likeness": [look.likeness(self.concept) for look in looks],
-            "object": [float(look.noun == self.noun) for look in looks],
-            "context": [float(_has_context(one, prompt)) for one, prompt in zip(seen, asked, strict=True)],
+        values = verdicts(self.concept, looks, self.evaluator.classify(pictures), asked) | {
             "clip_t": text_alignment(embedded, plain[groups]).tolist(),
             "clip_i": image_alignment(embedded, self.references).tolist(),
             "layout": [overlap(a.silhouette, b) for a, b in zip(looks, self.silhouettes, strict=True)],
@@ -183,6 +178,18 @@ class Bench:
         floor = wasserstein2_squared(self.others.latents, self.plain.latents)
         numbers = {"w2": squared**0.5, "w2_squared": squared, "floor_w2": floor**0.5, "floor_w2_squared": floor}
         return {name: round(value, 3) for name, value in numbers.items()} | {"n": len(latents)}
+
+
+def verdicts(
+    concept: str, looks: Sequence[Look], seen: Sequence[Attributes], asked: Sequence[Prompt]
+) -> dict[str, list[float]]:
+    """Of each picture, whether it shows the concept's look, how much of it, the noun, and what else was asked for."""
+    return {
+        "concept": [float(look.shows(concept)) for look in looks],
+        "likeness": [look.likeness(concept) for look in looks],
+        "object": [float(look.noun == CONCEPTS[concept].noun) for look in looks],
+        "context": [float(_has_context(one, prompt)) for one, prompt in zip(seen, asked, strict=True)],
+    }
 
 
 def _has_context(seen: Attributes, prompt: Prompt) -> bool:
