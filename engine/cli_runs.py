@@ -74,10 +74,12 @@ def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
 
 
 def _batch(arguments: argparse.Namespace) -> int:
+    from .loading import model_digest
     from .serve.bulk import read_rows, run_bulk, write_status
 
-    rows, statuses = read_rows(arguments.rows)
-    for one in run_bulk(rows, arguments.out, loading_arguments(arguments), **_bulk(arguments)):
+    loading = loading_arguments(arguments)
+    rows, statuses = read_rows(arguments.rows, model_digest(loading))
+    for one in run_bulk(rows, arguments.out, loading, **_bulk(arguments)):
         statuses.append(one)
         if one.status == "error":
             print(f"{one.key}  {one.error}", file=sys.stderr)

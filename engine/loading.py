@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -82,6 +82,13 @@ def load(
     has_graphs = ops.name == "triton" if graphs is None else graphs
     captured = Graphs(lambda: CudaCapture(where)) if has_graphs else None
     return Engine(checkpoint.name, unet, vae, text_encoder, checkpoint.schedule, ops, captured, max_pixels)
+
+
+def model_digest(loading: Mapping[str, Any]) -> str:
+    """What of ``load``'s arguments decides pictures, beyond rounding: the model's content and dtype, as a hash."""
+    kind = _dtype(loading.get("dtype"), _device(loading.get("device")))
+    checkpoint = open_checkpoint(loading.get("model"), loading.get("config"), prefer_fp16=kind == torch.float16)
+    return f"{checkpoint.digest()}-{kind}"
 
 
 def _check_fit(checkpoint: Checkpoint) -> None:

@@ -14,7 +14,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..engine import Engine
-from ..loading import load
+from ..loading import load, model_digest
 from ..methods.concept import Concept
 from ..methods.ico import ICO
 from ..methods.infusion import Infusion
@@ -135,7 +135,8 @@ def evaluate(
     Raises:
         ValueError: a picture could not be drawn; the message gives the first row and its error.
     """
-    plans = [_plan(one, protocol, strengths) for one in concepts]
+    model = model_digest(loading)
+    plans = [_plan(one, protocol, strengths, model) for one in concepts]
     wanted = {row.key: row for plan in plans for rows in plan.values() for row in rows}
     folder = out / "pictures"
     found = run_bulk(list(wanted.values()), folder, loading, batch_size=batch_size, progress=progress, paint=paint)
@@ -179,7 +180,7 @@ def _method(one: Subjected, protocol: Protocol) -> str:
     return "dci" if protocol.dci and one.concept.method == "ico" else one.concept.method
 
 
-def _plan(one: Subjected, protocol: Protocol, strengths: Sequence[float]) -> dict[str, list[Row]]:
+def _plan(one: Subjected, protocol: Protocol, strengths: Sequence[float], model: str) -> dict[str, list[Row]]:
     """The rows of the concept at each strength, of the base under the plain noun, and of the base with other seeds."""
     noun, prompts = one.concept.noun, one.subject.prompts[: protocol.n_prompts]
     if len(prompts) < protocol.n_prompts:
@@ -197,7 +198,8 @@ def _plan(one: Subjected, protocol: Protocol, strengths: Sequence[float]) -> dic
                     "latents": True,
                     **protocol.drawing,
                     **more,
-                }
+                },
+                model,
             )
             for prompt in prompts
             for i in range(protocol.n_images)
