@@ -25,7 +25,7 @@ from engine.evaluate.bootstrap import estimate
 from engine.evaluate.divergence import fisher_divergence, noise_predictor
 from engine.evaluate.similarity import image_alignment, modes, pairwise_distance, text_alignment
 from engine.evaluate.tinyworld import Attributes, load_evaluator
-from engine.evaluate.wasserstein import wasserstein2_squared
+from engine.evaluate.wasserstein import distance_record
 
 DRAWING: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 20, "guidance_scale": 8.0}
 _DIVERSITY_SEEDS, _FISHER_PAIRS = 16, 48
@@ -136,7 +136,7 @@ class Bench:
             "by_kind": by_kind,
             "diversity": self._diversity(drawer),
             "fisher": self._fisher(drawer),
-            "wasserstein": self._wasserstein(out.latents),
+            "wasserstein": distance_record(self.others.latents, out.latents, self.plain.latents),
             "bytes": drawer.n_bytes,
             "seconds_per_picture": round(seconds, 3),
         }
@@ -165,19 +165,8 @@ class Bench:
             if kind == "other" and isinstance(acting, engine.Infusion):
                 acting = None  # its residuals act at their own noun alone
             custom = noise_predictor(drawer.sd, acting)
-            one = fisher_divergence(self.sd, base, custom, latents, prompts)
-            found[kind] = {
-                "total": estimate(one.values).record(),
-                "mean": float(f"{one.mean:.4g}"),
-                "weighted": float(f"{one.weighted:.4g}"),
-            }
+            found[kind] = fisher_divergence(self.sd, base, custom, latents, prompts).record()
         return found
-
-    def _wasserstein(self, latents: Tensor) -> dict[str, Any]:
-        squared = wasserstein2_squared(self.others.latents, latents)
-        floor = wasserstein2_squared(self.others.latents, self.plain.latents)
-        numbers = {"w2": squared**0.5, "w2_squared": squared, "floor_w2": floor**0.5, "floor_w2_squared": floor}
-        return {name: round(value, 3) for name, value in numbers.items()} | {"n": len(latents)}
 
 
 def verdicts(

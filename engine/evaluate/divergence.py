@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..sampling.plan import make_plans
 from ..sampling.request import make_request
 from ..sampling.schedule import alphas_cumprod
 from ..sampling.seeds import make_generator
+from .bootstrap import estimate
 
 Predict = Callable[[Sequence[str], Tensor, Tensor], Tensor]
 
@@ -37,6 +39,11 @@ class Divergence:
     mean: float
     weighted: float
     values: tuple[float, ...]
+
+    def record(self) -> dict[str, Any]:
+        """As JSON holds it, the total with its interval."""
+        rounded = {name: float(f"{getattr(self, name):.6g}") for name in ("mean", "weighted")}
+        return {"total": estimate(self.values).record(), **rounded}
 
 
 def noise_predictor(sd: Engine, customization: Customization | None = None) -> Predict:

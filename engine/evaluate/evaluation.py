@@ -10,7 +10,7 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
+from PIL import Image
 from torch import Tensor
 
 from ..engine import Engine
@@ -18,13 +18,14 @@ from ..loading import load, model_digest
 from ..methods.concept import Concept
 from ..methods.ico import ICO
 from ..methods.infusion import Infusion
+from ..read_picture import read_picture
 from ..serve.bulk import Paint, Row, Status, make_row, run_bulk
 from .bootstrap import estimate
 from .divergence import fisher_divergence, noise_predictor
 from .dreambench import Subject, fill
 from .encoders import PictureEncoder, TextEncoder
 from .similarity import image_alignment, pairwise_distance, text_alignment
-from .wasserstein import wasserstein2_squared
+from .wasserstein import distance_record
 
 _OTHER_SEED = 10**6  # first of the base's other pictures, which the Wasserstein distance is from
 _DIVERGENCE_PAIRS = 32
@@ -97,7 +98,7 @@ class Drawn:
 
     @property
     def images(self) -> list[Image.Image]:
-        return [Image.open(row.files(self.folder)[-1]).convert("RGB") for row in self.rows]
+        return [read_picture(row.files(self.folder)[-1]) for row in self.rows]
 
     @property
     def latents(self) -> Tensor:
@@ -234,7 +235,7 @@ def _measure(
     images = custom.images
     groups = [i for i in range(protocol.n_prompts) for _ in range(protocol.n_images)]
     plain = [row.prompt for row in drawn["base"].rows]  # the placeholder is no word that CLIP knows
-    references = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in one.subject.pictures]
+    references = [read_picture(path) for path in one.subject.pictures]
     embedded, texts = clip.pictures(images), clip.texts(plain)
     values = {
         "clip_t": text_alignment(embedded, texts),
@@ -248,10 +249,8 @@ def _measure(
     if protocol.n_images > 1:
         for name, embeddings in (("diversity", embedded), ("base_diversity", base)):
             measured[name] = estimate(pairwise_distance(embeddings, groups)).record()
-    others = drawn["other"].latents
-    squared, floor = (wasserstein2_squared(others, one.latents) for one in (custom, drawn["base"]))
-    numbers = {"w2": squared**0.5, "w2_squared": squared, "floor_w2": floor**0.5, "floor_w2_squared": floor}
-    measured["wasserstein"] = {name: float(f"{value:.6g}") for name, value in numbers.items()} | {"n": len(images)}
+    others, base_latents = drawn["other"].latents, drawn["base"].latents
+    measured["wasserstein"] = distance_record(others, custom.latents, base_latents)
     return measured
 
 
@@ -274,9 +273,7 @@ def _divergence(sd: Engine, one: Subjected, drawn: Mapping[str, Drawn]) -> dict[
     )
     return {
         "of": "customised pipeline" if concept.method == "infusion" else "keys and values",
-        "total": estimate(found.values).record(),
-        "mean": float(f"{found.mean:.6g}"),
-        "weighted": float(f"{found.weighted:.6g}"),
+        **found.record(),
         "foundation": 0.0 if concept.method == "infusion" else None,
     }
 

@@ -32,6 +32,19 @@ def wasserstein2_squared(one: Tensor, other: Tensor) -> float:
     return max(0.0, float(squared))
 
 
+def distance_record(reference: Tensor, samples: Tensor, base: Tensor) -> dict[str, float]:
+    """Both powers of the distance of ``samples`` from ``reference``, and its floor, as JSON holds them.
+
+    Args:
+        reference: (n, ...) of the base model.
+        samples: (m, ...) of the customised one.
+        base: (m, ...) of the base model again, with other seeds: its distance is the floor.
+    """
+    squared, floor = (wasserstein2_squared(reference, one) for one in (samples, base))
+    numbers = {"w2": squared**0.5, "w2_squared": squared, "floor_w2": floor**0.5, "floor_w2_squared": floor}
+    return {name: float(f"{value:.6g}") for name, value in numbers.items()} | {"n": len(samples)}
+
+
 def _centred(samples: Tensor) -> tuple[Tensor, Tensor]:
     flat = samples.double().flatten(1)
     mean = flat.mean(dim=0)

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from engine.evaluate.wasserstein import wasserstein2_squared
+from engine.evaluate.wasserstein import distance_record, wasserstein2_squared
 
 
 def _by_matrix_root(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -41,3 +41,12 @@ def test_what_cannot_be_measured_is_refused() -> None:
         wasserstein2_squared(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="other must be finite"):
         wasserstein2_squared(torch.zeros(2, 3), torch.full((2, 3), float("nan")))
+
+
+def test_a_record_has_the_distance_and_its_floor() -> None:
+    reference, samples, base = (torch.randn(n, 3, generator=torch.Generator().manual_seed(n)) for n in (5, 6, 7))
+    found = distance_record(reference, samples, base)
+    squared, floor = (wasserstein2_squared(reference, one) for one in (samples, base))
+    assert found == pytest.approx(
+        {"w2": squared**0.5, "w2_squared": squared, "floor_w2": floor**0.5, "floor_w2_squared": floor, "n": 6}, rel=1e-5
+    )
