@@ -25,7 +25,7 @@ from engine.evaluate.bootstrap import estimate
 from engine.evaluate.divergence import fisher_divergence, noise_predictor
 from engine.evaluate.similarity import image_alignment, modes, pairwise_distance, text_alignment
 from engine.evaluate.tinyworld import Attributes, load_evaluator
-from engine.evaluate.wasserstein import distance_record
+from engine.evaluate.wasserstein import distance_record, wasserstein2_squared
 
 DRAWING: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 20, "guidance_scale": 8.0}
 _DIVERSITY_SEEDS, _FISHER_PAIRS = 16, 48
@@ -72,6 +72,7 @@ class Bench:
         self.references = self.evaluator.embed_pictures(to_tensor(reference_pictures(concept)))
         self.plain = self._draw(Drawer(self.sd, self.noun, None, 0))
         self.others = self._draw(Drawer(self.sd, self.noun, None, 0), _OTHER_SEED)
+        self.floor = wasserstein2_squared(self.others.latents, self.plain.latents)
         self.silhouettes = [look.silhouette for look in self.looks.see(to_tensor(self.plain.images))]
         self.pairs = {kind: self._pairs(kind) for kind in ("other", "noun")}
 
@@ -136,7 +137,9 @@ class Bench:
             "by_kind": by_kind,
             "diversity": self._diversity(drawer),
             "fisher": self._fisher(drawer),
-            "wasserstein": distance_record(self.others.latents, out.latents, self.plain.latents),
+            "wasserstein": distance_record(
+                wasserstein2_squared(self.others.latents, out.latents), self.floor, len(out.latents)
+            ),
             "bytes": drawer.n_bytes,
             "seconds_per_picture": round(seconds, 3),
         }

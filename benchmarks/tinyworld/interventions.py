@@ -54,6 +54,7 @@ class Intervention:
         strength: their factor.
         self_maps: self-attention takes the foundation's maps too, for this share of the steps.
         cut: the noun's map is cut to the silhouette of the foundation's object.
+        power: the map is raised to it, over its largest value, which stays.
     """
 
     sides: tuple[int, ...] = (16, 8, 4, 2)
@@ -62,6 +63,7 @@ class Intervention:
     strength: float = 1.0
     self_maps: float = 0.0
     cut: bool = False
+    power: float = 1.0
 
 
 def slot_positions(text: Tokens, noun: str) -> list[int]:
@@ -119,7 +121,7 @@ class Foundations:
         for i in range(len(self.table)):
             share = i / len(self.table)
             acting = [part for part in parts if part.first <= share < part.last and how.first <= share < how.last]
-            foundation = self._foundation(i, slots, silhouettes if how.cut else None)
+            foundation = self._foundation(i, slots, how.power, silhouettes if how.cut else None)
             residuals = self._residuals(acting, slots, how, foundation)
             batch = Batch((), Following(torch.empty(0), everyone, residuals, foundation))
             rows = GuidedBatch(batch, everyone % n, everyone[:n], everyone[n:], self.guidance_scale)
@@ -129,11 +131,13 @@ class Foundations:
         return self.sd._pictures(self.request, x)
 
     def _foundation(
-        self, i: int, slots: Sequence[str], silhouettes: Tensor | None
+        self, i: int, slots: Sequence[str], power: float, silhouettes: Tensor | None
     ) -> tuple[tuple[Tensor, Tensor], ...]:
         found, chosen = [], [SLOTS.index(slot) for slot in slots]
         for out, columns in self.steps[i]:
             acting = columns.unflatten(2, (len(SLOTS), -1))[:, :, chosen].flatten(2)
+            if power != 1.0:
+                acting = acting * (acting / acting.amax(dim=1, keepdim=True)) ** (power - 1)
             if silhouettes is not None:
                 cover = F.adaptive_avg_pool2d(silhouettes, _side(out)).flatten(1)
                 acting = acting * torch.cat([cover, cover])[..., None]

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
 from PIL import Image
-from torch import Tensor
 
-from ..engine import Engine
-from ..loading import load, model_digest
+from ..loading import checkpoint_of, model_digest
 from ..methods.concept import Concept
-from ..methods.ico import ICO
-from ..methods.infusion import Infusion
 from ..read_picture import read_picture
 from ..serve.bulk import Paint, Row, Status, make_row, run_bulk
 from .bootstrap import estimate
-from .divergence import fisher_divergence, noise_predictor
+from .divergence import Divergence
 from .dreambench import Subject, fill
 from .encoders import PictureEncoder, TextEncoder
 from .similarity import image_alignment, pairwise_distance, text_alignment
-from .wasserstein import distance_record
+from .sums import Compute, Part, compute_here, distances, divide_pairs, read_latents
 
 _OTHER_SEED = 10**6  # first of the base's other pictures, which the Wasserstein distance is from
 _DIVERGENCE_PAIRS = 32
@@ -101,8 +98,8 @@ class Drawn:
         return [read_picture(row.files(self.folder)[-1]) for row in self.rows]
 
     @property
-    def latents(self) -> Tensor:
-        return torch.stack([torch.from_numpy(np.load(row.files(self.folder)[0])).float() for row in self.rows])
+    def latents(self) -> list[Path]:
+        return [row.files(self.folder)[0] for row in self.rows]
 
 
 def evaluate(
@@ -117,6 +114,7 @@ def evaluate(
     batch_size: int = 8,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, _n: batches,
     paint: Paint | None = None,
+    compute: Compute = compute_here,
 ) -> dict[str, Any]:
     """Draw and measure; a rerun draws what is missing.
 
@@ -129,6 +127,7 @@ def evaluate(
         dino: for DINO; None leaves it out.
         strengths: of Infusion, or of DCI's second branch where the protocol draws with it; one record each.
         batch_size, progress, paint: see ``serve.bulk.run_bulk``.
+        compute: takes the parts of which both distances are the sum, as ``ray_sums.compute`` does in actors.
 
     Returns:
         JSON-serialisable: settings, and a record per concept and strength.
@@ -143,11 +142,14 @@ def evaluate(
     found = run_bulk(list(wanted.values()), folder, loading, batch_size=batch_size, progress=progress, paint=paint)
     statuses = {status.key: status for status in found}
     _check(statuses, wanted)
-    sd, records = load(**loading), []
+    records = []
     for one, plan in zip(concepts, plans, strict=True):
         drawn = {kind: Drawn(rows, folder) for kind, rows in plan.items()}
-        divergence = _divergence(sd, one, drawn)
-        for strength in strengths:
+        take = partial(compute, loading=loading)
+        divergence = _divergence(one, drawn["base"], take)
+        files = {kind: pictures.latents for kind, pictures in drawn.items()}
+        moved = distances(files, [("other", f"strength {strength:g}", "base") for strength in strengths], take)
+        for strength, distance in zip(strengths, moved, strict=True):
             measured = _measure(one, drawn, drawn[f"strength {strength:g}"], protocol, clip, dino)
             seconds = [statuses[row.key].seconds for row in plan[f"strength {strength:g}"]]
             records.append(
@@ -160,6 +162,7 @@ def evaluate(
                     "bytes": one.path.stat().st_size,
                     "seconds_per_picture": round(float(np.mean(seconds)), 4) if any(seconds) else None,
                     **measured,
+                    "wasserstein": distance,
                     "fisher": divergence,
                     "files": [row.files(folder)[-1].name for row in plan[f"strength {strength:g}"]],
                     "base_files": [row.files(folder)[-1].name for row in plan["base"]],
@@ -167,7 +170,7 @@ def evaluate(
                 }
             )
     settings = {
-        "model": sd.name,
+        "model": checkpoint_of(loading).name,
         "clip": clip.name,
         "dino": None if dino is None else dino.name,
         "prompts": protocol.n_prompts,
@@ -249,32 +252,22 @@ def _measure(
     if protocol.n_images > 1:
         for name, embeddings in (("diversity", embedded), ("base_diversity", base)):
             measured[name] = estimate(pairwise_distance(embeddings, groups)).record()
-    others, base_latents = drawn["other"].latents, drawn["base"].latents
-    measured["wasserstein"] = distance_record(others, custom.latents, base_latents)
     return measured
 
 
-def _divergence(sd: Engine, one: Subjected, drawn: Mapping[str, Drawn]) -> dict[str, Any]:
+def _divergence(one: Subjected, base: Drawn, take: Callable[[Sequence[Part]], list[Any]]) -> dict[str, Any]:
     """From the base, on its own pictures of the plain noun: what the concept does where nobody asked for it.
 
-    Infusion's is its customised pipeline's; its foundation's is zero by construction. ICO's tokens do nothing in a
-    prompt without them, its keys and values do.
+    Infusion's is its customised pipeline's; its foundation's is zero by construction.
     """
-    concept = one.concept
-    if concept.method == "infusion":
-        custom: Infusion | ICO | None = Infusion([concept])
-    else:
-        custom = ICO([replace(concept, tokens=None)]) if concept.changes else None
-    base = drawn["base"]
-    rows = np.linspace(0, len(base.rows) - 1, min(_DIVERGENCE_PAIRS, len(base.rows))).round().astype(int)
-    prompts = [base.rows[i].prompt for i in rows]
-    found = fisher_divergence(
-        sd, noise_predictor(sd), noise_predictor(sd, custom), base.latents[rows.tolist()], prompts
-    )
+    is_infusion = one.concept.method == "infusion"
+    chosen = np.linspace(0, len(base.rows) - 1, min(_DIVERGENCE_PAIRS, len(base.rows))).round().astype(int)
+    files = [base.latents[i] for i in chosen]
+    sums = torch.cat(take(divide_pairs(one.path, files, [base.rows[i].prompt for i in chosen])), dim=1)
     return {
-        "of": "customised pipeline" if concept.method == "infusion" else "keys and values",
-        **found.record(),
-        "foundation": 0.0 if concept.method == "infusion" else None,
+        "of": "customised pipeline" if is_infusion else "keys and values",
+        **Divergence.of(sums, read_latents(files[:1]).numel()).record(),
+        "foundation": 0.0 if is_infusion else None,
     }
 
 
