@@ -26,9 +26,8 @@ import torch
 from PIL import Image
 from torch import Tensor
 
-import engine
 from benchmarks.machine import RESULTS, machine, write_result
-from benchmarks.tinyworld.bench import DRAWING, study_prompts, verdicts
+from benchmarks.tinyworld.bench import DRAWING, study_prompts
 from benchmarks.tinyworld.concepts import CONCEPTS
 from benchmarks.tinyworld.data import to_tensor
 from benchmarks.tinyworld.evaluate import reconstruct
@@ -36,9 +35,9 @@ from benchmarks.tinyworld.interventions import Foundations, Intervention, mass_o
 from benchmarks.tinyworld.layout_training import BATCH_SIZE, RATE, STEPS, TRAININGS, train
 from benchmarks.tinyworld.look_judge import look_judge, overlap
 from benchmarks.tinyworld.palette import COLOURS
+from benchmarks.tinyworld.prompted import Prompted
 from benchmarks.tinyworld.scene import FACINGS, POSITIONS, SIZES, Scene, Thing, draw
 from engine.evaluate.bootstrap import estimate
-from engine.evaluate.tinyworld import load_evaluator
 from engine.observe.sheet import grid
 
 METHOD, BOUNDS = "the method", "bounds"
@@ -67,36 +66,22 @@ INTERVENTIONS = {
 _OTHER_SEED = 1000
 
 
-class LayoutBench:
-    """Foundations of one concept's prompts, and their objects' silhouettes."""
+class LayoutBench(Prompted):
+    """Foundations of one concept's prompts, and what becomes of their objects' silhouettes."""
 
-    def __init__(self, concept: str, seeds: int, judges: Path) -> None:
-        self.sd, self.concept, self.seeds, self.noun = engine.load(), concept, seeds, CONCEPTS[concept].noun
-        self.looks, self.evaluator = look_judge(judges), load_evaluator()
-        self.asked = [prompt for prompt in study_prompts(self.noun) for _ in range(seeds)]
-        texts = [prompt.text.format(self.noun) for prompt in self.asked]
-        numbers = list(range(seeds)) * (len(texts) // seeds)
-        self.foundations = Foundations(self.sd, self.noun, texts, numbers, DRAWING)
-        self.silhouettes = self.covers(self.foundations.images)
-
-    def covers(self, images: Sequence[Image.Image]) -> Tensor:
-        """(I, CELLS, CELLS) in [0, 1]."""
-        return self._covers(to_tensor(list(images)))
+    def base_images(self) -> list[Image.Image]:
+        self.foundations = Foundations(self.sd, self.noun, self.texts(self.noun), self.numbers, DRAWING)
+        return self.foundations.images
 
     def measure(self, images: list[Image.Image]) -> dict[str, Any]:
-        """Layout, by the size of the foundation's object too, and what the study measures beside it."""
-        pictures = to_tensor(images)
-        looks, seen = self.looks.see(pictures), self.evaluator.classify(pictures)
-        values = verdicts(self.concept, looks, seen, self.asked)
-        covers = torch.stack([look.silhouette for look in looks])
-        return self._layout(covers) | {name: self._estimate(one) for name, one in values.items()}
+        """What the study measures, and layout by the size of the foundation's object."""
+        return self.estimates(images) | self._by_size(self.covers(images))
 
     def bounds(self) -> dict[str, Any]:
         """Layout of the base's pictures of other seeds, and of drawings of one scene with and without the look."""
-        texts = [prompt.text.format(self.noun) for prompt in self.asked]
-        numbers = [_OTHER_SEED + i % self.seeds for i in range(len(texts))]
-        out = self.sd.generate(texts, seed=numbers, progress=False, **DRAWING)
-        return {"chance": self._layout(self.covers(out.images)), "judge": self._same_scene()}
+        others = self.draw(self.noun, None, _OTHER_SEED)
+        chance = {"layout": self.estimates(others)["layout"], **self._by_size(self.covers(others))}
+        return {"chance": chance, "judge": self._same_scene()}
 
     def map_mass(self) -> dict[str, Any]:
         """By a layer's side: the share of the noun's map on the foundation's object, and that of the picture."""
@@ -108,27 +93,21 @@ class LayoutBench:
             }
         return found
 
-    def _covers(self, pictures: Tensor) -> Tensor:
-        return torch.stack([look.silhouette for look in self.looks.see(pictures)])
-
-    def _layout(self, covers: Tensor) -> dict[str, Any]:
+    def _by_size(self, covers: Tensor) -> dict[str, Any]:
         overlaps = [overlap(one, base) for one, base in zip(covers, self.silhouettes, strict=True)]
-        areas, own = covers.flatten(1).mean(dim=1), self.silhouettes.flatten(1).mean(dim=1)
-        found: dict[str, Any] = {"layout": self._estimate(overlaps)}
-        for half, rows in self._halves().items():
-            found[half] = {
+        growth = (covers.flatten(1).mean(dim=1) / self.silhouettes.flatten(1).mean(dim=1)).log()
+        return {
+            half: {
                 "layout": round(float(np.mean([overlaps[i] for i in rows])), 4),
-                "growth": round(float((areas[rows] / own[rows]).log().mean().exp()), 4),
+                "growth": round(float(growth[rows].mean().exp()), 4),
             }
-        return found
+            for half, rows in self._halves().items()
+        }
 
     def _halves(self) -> dict[str, list[int]]:
         """The pictures whose foundation's object is smaller than the median, and the others."""
         order = self.silhouettes.flatten(1).mean(dim=1).argsort().tolist()
         return {"small": order[: len(order) // 2], "large": order[len(order) // 2 :]}
-
-    def _estimate(self, values: Sequence[float]) -> dict[str, Any]:
-        return estimate(values, [i // self.seeds for i in range(len(values))]).record()
 
     def _same_scene(self) -> dict[str, Any]:
         """What the judge finds between a plain object and the concept, drawn in one pose and place, after the VAE."""
@@ -140,7 +119,7 @@ class LayoutBench:
             custom = replace(plain, colour=one.colour, pattern=one.pattern, pattern_colour=one.pattern_colour)
             for images, thing in zip(drawn, (plain, custom), strict=True):
                 images.append(draw(Scene((thing,), background, seed=plain.seed)))
-        covers = [self._covers(reconstruct(self.sd.vae, to_tensor(images))) for images in drawn]
+        covers = [self.seen_covers(reconstruct(self.sd.vae, to_tensor(images))) for images in drawn]
         return {"layout": estimate([overlap(a, b) for a, b in zip(*covers, strict=True)]).record()}
 
 
@@ -209,7 +188,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     start, judge = time.perf_counter(), look_judge(arguments.judges)
     tasks = [Task(concept, BOUNDS, (BOUNDS,), arguments.seeds) for concept in arguments.concepts]
     for training in arguments.trainings:
-        drawn = tuple(INTERVENTIONS) if training == METHOD else (METHOD, "strength 0.5")
+        drawn = tuple(INTERVENTIONS) if training == METHOD else (METHOD,)
         tasks += [Task(concept, training, drawn, arguments.seeds) for concept in arguments.concepts]
     context = multiprocessing.get_context("spawn")
     with ProcessPoolExecutor(arguments.jobs, context, torch.set_num_threads, (1,)) as pool:

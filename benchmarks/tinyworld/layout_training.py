@@ -50,10 +50,8 @@ TRAININGS = {
     "references zoomed, loss off their edges": Training(zoomed=True, masked="picture"),
     "loss on the object": Training(masked="object"),
     "layers of 16 and 8": Training(sides=(16, 8)),
-    "layers of 16": Training(sides=(16,)),
     "noun and the token before": Training(slots=("noun", "before")),
     "noun and end token": Training(slots=("noun", "end")),
-    "noun, begin and end token": Training(slots=("noun", "start", "end")),
     "residuals apart before and after 40 %": Training(windows=((0.0, 0.4), (0.4, 1.0))),
     "after 40 % of the steps": Training(windows=((0.4, 1.0),)),
 }

@@ -1,0 +1,174 @@
+"""What each knob of both methods does: ``python -m benchmarks.tinyworld.sweeps``.
+
+On the study's prompts: Infusion's strength; DCI's strength and fraction, and what each of its parts is for; ICO's
+prompt schemes; and whether the study's sampler tells the same as the library's default. Sweeps run side by side, one
+thread each; what is done lies in ``--out``. Writes ``benchmarks/results/sweeps-<date>.json``.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import multiprocessing
+import time
+from collections.abc import Callable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from contextlib import contextmanager
+from datetime import date
+from pathlib import Path
+from typing import Any
+
+import torch
+
+import engine
+from benchmarks.machine import RESULTS, machine, write_result
+from benchmarks.tinyworld.bench import DRAWING, study_prompts
+from benchmarks.tinyworld.concepts import CONCEPTS, reference_pictures
+from benchmarks.tinyworld.look_judge import look_judge
+from benchmarks.tinyworld.prompted import Prompted
+from engine.train.ico import SCHEMES
+
+STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
+LAMBDAS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
+FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
+FRACTION = 0.4  # where it does not vary
+ABLATIONS = {
+    "all of it": {},
+    "no masks": {"masked": False},
+    "separate prompts": {"separate_prompts": True},
+    "last layer only": {"last_layer_only": True},
+}
+PROMPT_SCHEMES = ((0, 0, 2), (1, 1, 1), (1, 1, 3), (2, 1, 2), (4, 2, 2), (8, 4, 2))  # M, L, S
+INFUSION = {"steps": 250, "learning_rate": 0.03, "batch_size": 4}  # the study's
+TUNED_ICO = {
+    "steps": 400,
+    "learning_rate": 4e-4,
+    "context_learning_rate": 1e-2,
+    "batch_size": 4,
+}  # dci_study's, smaller
+DEFAULT_DRAWING = {"sampler": "ddim", "steps": 50}
+Record = dict[str, Any]
+
+
+def strength(bench: Prompted) -> Iterator[Record]:
+    concept = _infusion(bench)
+    for value in STRENGTHS:
+        images = bench.draw(bench.noun, engine.Infusion([concept], strength=value))
+        yield {"sweep": "strength", "value": value, **bench.estimates(images)}
+
+
+def dci(bench: Prompted) -> Iterator[Record]:
+    concept = _ico(bench)
+    phrase = f"{concept.placeholder} {bench.noun}"
+    yield {"sweep": "ablation", "value": "ICO alone", **bench.estimates(bench.draw(phrase, engine.ICO([concept])))}
+    settings: list[tuple[str, Any, dict[str, Any]]] = [("lambda", one, {"strength": one}) for one in LAMBDAS]
+    settings += [("fraction", one, {"fraction": one}) for one in FRACTIONS]
+    settings += [("ablation", name, changes) for name, changes in ABLATIONS.items()]
+    for sweep, value, changes in settings:
+        images = bench.draw(phrase, engine.DCI(concept, **{"fraction": FRACTION, **changes}))
+        yield {"sweep": sweep, "value": value, **bench.estimates(images)}
+
+
+def scheme(bench: Prompted) -> Iterator[Record]:
+    for sizes in PROMPT_SCHEMES:
+        with _prompt_scheme(sizes):
+            concept = _ico(bench)
+        images = bench.draw(f"{concept.placeholder} {bench.noun}", engine.ICO([concept]))
+        yield {"sweep": "scheme", "value": list(sizes), **bench.estimates(images)}
+
+
+def sampler(bench: Prompted) -> Iterator[Record]:
+    """Both samplers' means, and the difference over the same prompts and seeds."""
+    concept, ico = _infusion(bench), _ico(bench)
+    base = bench.covers(bench.draw(bench.noun, None, **DEFAULT_DRAWING))
+    for name, phrase, custom in (
+        ("the base model", bench.noun, None),
+        ("Infusion", bench.noun, engine.Infusion([concept])),
+        ("ICO", f"{ico.placeholder} {bench.noun}", engine.ICO([ico])),
+    ):
+        ours = bench.values(bench.draw(phrase, custom))
+        default = bench.values(bench.draw(phrase, custom, **DEFAULT_DRAWING), base)
+        differences = {
+            name: bench.estimate([b - a for a, b in zip(ours[name], default[name], strict=True)]) for name in ours
+        }
+        means = {name: [bench.estimate(one[name]) for one in (ours, default)] for name in ours}
+        yield {"sweep": "sampler", "value": name, "both": means, "difference": differences}
+
+
+SWEEPS: dict[str, Callable[[Prompted], Iterator[Record]]] = {
+    one.__name__: one for one in (strength, dci, scheme, sampler)
+}
+
+
+def _infusion(bench: Prompted) -> engine.Concept:
+    return engine.train_infusion(bench.sd, reference_pictures(bench.concept), bench.noun, progress=False, **INFUSION)
+
+
+def _ico(bench: Prompted) -> engine.Concept:
+    return engine.train_ico(bench.sd, reference_pictures(bench.concept), bench.noun, progress=False, **TUNED_ICO)
+
+
+@contextmanager
+def _prompt_scheme(sizes: tuple[int, int, int]) -> Iterator[None]:
+    """``train_ico``'s default scheme is of these sizes within."""
+    before, SCHEMES["dci"] = SCHEMES["dci"], sizes
+    try:
+        yield
+    finally:
+        SCHEMES["dci"] = before
+
+
+def run(concept: str, name: str, seeds: int, out: Path, judges: Path) -> list[Record]:
+    """One sweep's records of one concept, from ``out`` where they are there."""
+    path = out / f"{concept}-{name}-{seeds}.json"
+    if path.exists():
+        return json.loads(path.read_text())
+    records = []
+    for record in SWEEPS[name](Prompted(concept, seeds, judges)):
+        records.append({"concept_name": concept, **record})
+        print(concept, record["sweep"], record["value"], _means(record), flush=True)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    path.write_text(json.dumps(records))
+    return records
+
+
+def _means(record: Record) -> dict[str, float]:
+    found = record.get("difference", record)
+    return {name: found[name]["mean"] for name in ("likeness", "object", "context", "layout")}
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--concepts", nargs="+", default=["striped-cat", "checkered-teapot"], choices=list(CONCEPTS))
+    parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=list(SWEEPS))
+    parser.add_argument("--seeds", type=int, default=4, help="pictures per prompt")
+    parser.add_argument("--jobs", type=int, default=2, help="sweeps at a time, one thread each")
+    parser.add_argument("--out", type=Path, default=Path("out/sweeps"), help="folder for what is done")
+    parser.add_argument("--judges", type=Path, default=Path("out/study"), help="folder of the judge of looks")
+    parser.add_argument("--result", type=Path, default=RESULTS / f"sweeps-{date.today().isoformat()}.json")
+    arguments = parser.parse_args(argv)
+    start, judge = time.perf_counter(), look_judge(arguments.judges)
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(arguments.jobs, context, torch.set_num_threads, (1,)) as pool:
+        futures = [
+            pool.submit(run, concept, name, arguments.seeds, arguments.out, arguments.judges)
+            for name in arguments.sweeps
+            for concept in arguments.concepts
+        ]
+        records = [record for future in futures for record in future.result()]
+    settings = {
+        "drawing": DRAWING,
+        "default_drawing": DEFAULT_DRAWING,
+        "infusion": INFUSION,
+        "ico": TUNED_ICO,
+        "fraction": FRACTION,
+        "seeds": arguments.seeds,
+        "prompts": [prompt.text for prompt in study_prompts("cat")],
+        "judge_accuracy": judge.accuracy,
+        "wall_seconds": round(time.perf_counter() - start),
+    }
+    write_result(arguments.result, machine(), {"settings": settings, "sweeps": records})
+
+
+if __name__ == "__main__":
+    main()

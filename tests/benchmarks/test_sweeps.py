@@ -1,0 +1,94 @@
+"""The sweeps draw what they say, and differences between samplers have their sign."""
+
+from typing import Any
+
+import pytest
+import torch
+
+import engine
+from benchmarks.tinyworld import sweeps
+from benchmarks.tinyworld.sweeps import FRACTION, SWEEPS
+from engine.train.ico import SCHEMES
+
+
+class _Bench:
+    """Remembers what is drawn; a picture is the number of steps."""
+
+    sd, noun, concept = None, "cat", "striped-cat"
+
+    def __init__(self) -> None:
+        self.drawn: list[tuple[str, Any]] = []
+
+    def draw(self, phrase: str, customization: Any, **changes: Any) -> list[int]:
+        self.drawn.append((phrase, customization))
+        return [changes.get("steps", 20)]
+
+    def covers(self, images: list[int]) -> list[int]:
+        return images
+
+    def values(self, images: list[int], silhouettes: list[int] | None = None) -> dict[str, list[float]]:
+        return {"layout": [float(images[0])], "against": [float(0 if silhouettes is None else silhouettes[0])]}
+
+    def estimate(self, values: list[float]) -> float:
+        return values[0]
+
+    def estimates(self, images: list[int]) -> dict[str, list[int]]:
+        return {"drawn": images}
+
+
+@pytest.fixture
+def bench(monkeypatch: pytest.MonkeyPatch) -> _Bench:
+    infusion = engine.Concept("cat", {"layer": torch.zeros(2)})
+    monkeypatch.setattr(sweeps, "_infusion", lambda _bench: infusion)
+    monkeypatch.setattr(sweeps, "_ico", lambda _bench: engine.Concept("cat", tokens=torch.zeros(1, 2)))
+    return _Bench()
+
+
+def _records(name: str, bench: Any) -> list[dict[str, Any]]:
+    return list(SWEEPS[name](bench))
+
+
+def test_strengths(bench: _Bench) -> None:
+    values = [record["value"] for record in _records("strength", bench)]
+    assert [custom.strength for _, custom in bench.drawn] == values == list(sweeps.STRENGTHS)
+    assert {phrase for phrase, _ in bench.drawn} == {"cat"}
+
+
+def test_dcis_knobs_and_parts(bench: _Bench) -> None:
+    records = _records("dci", bench)
+    assert {phrase for phrase, _ in bench.drawn} == {"V* cat"}
+    assert isinstance(bench.drawn[0][1], engine.ICO)
+    for record, (_, custom) in zip(records[1:], bench.drawn[1:], strict=True):
+        swept = record["sweep"]
+        assert custom.strength == (record["value"] if swept == "lambda" else 1.0)
+        assert custom.fraction == (record["value"] if swept == "fraction" else FRACTION)
+        off = (not custom.masked, custom.separate_prompts, custom.last_layer_only)
+        parts = ("no masks", "separate prompts", "last layer only")
+        assert off == tuple(swept == "ablation" and record["value"] == part for part in parts)
+
+
+def test_prompt_schemes_reach_the_trainer(bench: _Bench, monkeypatch: pytest.MonkeyPatch) -> None:
+    before, seen = SCHEMES["dci"], list[tuple[int, int, int]]()
+    concept = engine.Concept("cat", tokens=torch.zeros(1, 2))
+    monkeypatch.setattr(sweeps, "_ico", lambda _bench: seen.append(SCHEMES["dci"]) or concept)
+    records = _records("scheme", bench)
+    assert tuple(seen) == sweeps.PROMPT_SCHEMES
+    assert [tuple(record["value"]) for record in records] == seen
+    assert SCHEMES["dci"] == before
+
+
+def test_samplers_are_compared_each_with_its_own_base(bench: _Bench) -> None:
+    for record in _records("sampler", bench):
+        assert record["difference"]["layout"] == 50 - 20
+        assert record["both"] == {"layout": [20, 50], "against": [0, 50]}
+
+
+def test_schemes_without_contexts_train(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sweeps.TUNED_ICO, "steps", 1)
+    bench: Any = _Bench()
+    bench.sd = engine.load()
+    for sizes in sweeps.PROMPT_SCHEMES:
+        with sweeps._prompt_scheme(sizes):
+            tokens = sweeps._ico(bench).tokens
+        assert tokens is not None
+        assert len(tokens) == sizes[2]
