@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,7 +18,7 @@ from benchmarks.tinyworld.captions import full_prompt
 from benchmarks.tinyworld.concepts import CONCEPTS, held_out_pictures, reference_pictures
 from benchmarks.tinyworld.data import HELD_OUT_SEED, pictures_at, scene_at, to_tensor
 from benchmarks.tinyworld.evaluate import judge, reconstruct
-from benchmarks.tinyworld.look_judge import Look, look_judge, overlap
+from benchmarks.tinyworld.look_judge import Look, LookJudge, overlap
 from benchmarks.tinyworld.scene import Scene, Thing
 from engine.evaluate.bootstrap import estimate
 from engine.evaluate.divergence import fisher_divergence, noise_predictor
@@ -65,9 +64,9 @@ def _prompt(kind: str, scene: Scene, noun: str) -> Prompt:
 class Bench:
     """What all records of one concept are measured against; made once per process."""
 
-    def __init__(self, concept: str, seeds: int, folder: Path) -> None:
+    def __init__(self, concept: str, seeds: int, looks: LookJudge) -> None:
         self.sd, self.concept, self.seeds, self.noun = engine.load(), concept, seeds, CONCEPTS[concept].noun
-        self.evaluator, self.looks = load_evaluator(), look_judge(folder)
+        self.evaluator, self.looks = load_evaluator(), looks
         self.prompts = study_prompts(self.noun)
         self.references = self.evaluator.embed_pictures(to_tensor(reference_pictures(concept)))
         self.plain = self._draw(Drawer(self.sd, self.noun, None, 0))
