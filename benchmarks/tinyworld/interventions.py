@@ -82,6 +82,8 @@ class Foundations:
         maps: per step, queries and keys of each self-attention, rows likewise.
     """
 
+    _phase: Phase
+
     @torch.no_grad()
     def __init__(self, sd: engine.Engine, noun: str, texts: Sequence[str], seeds: Sequence[int], drawing: Any) -> None:
         self.sd, self.steps, self.maps = sd, list[list[tuple[Tensor, Tensor]]](), list[Maps]()

@@ -109,7 +109,7 @@ class _Objective(InfusionObjective):
             for name, attn2 in self.layers.items()
         }
         texts = [sd.text_encoder.tokenize(template.format(noun)) for template in options.templates]
-        places = [dict(zip(SLOTS, slot_positions(text, noun), strict=True)) for text in texts]
+        places: list[dict[str, int]] = [dict(zip(SLOTS, slot_positions(text, noun), strict=True)) for text in texts]
         self.positions = torch.tensor([[one[slot] for slot in self.slots] for one in places])
         self.noiser = _WindowNoiser(sd, *window)
 

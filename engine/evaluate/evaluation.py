@@ -5,7 +5,6 @@ from __future__ import annotations
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -135,7 +134,7 @@ def evaluate(
     Raises:
         ValueError: a picture could not be drawn; the message gives the first row and its error.
     """
-    model = model_digest(loading)
+    model, take = model_digest(loading), lambda parts: compute(parts, loading)
     plans = [_plan(one, protocol, strengths, model) for one in concepts]
     wanted = {row.key: row for plan in plans for rows in plan.values() for row in rows}
     folder = out / "pictures"
@@ -145,7 +144,6 @@ def evaluate(
     records = []
     for one, plan in zip(concepts, plans, strict=True):
         drawn = {kind: Drawn(rows, folder) for kind, rows in plan.items()}
-        take = partial(compute, loading=loading)
         divergence = _divergence(one, drawn["base"], take)
         files = {kind: pictures.latents for kind, pictures in drawn.items()}
         moved = distances(files, [("other", f"strength {strength:g}", "base") for strength in strengths], take)

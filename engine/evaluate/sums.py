@@ -150,7 +150,7 @@ def distances(
             raise ValueError(f"a Wasserstein distance must have at least 2 pictures of each kind, got 1 of {kind!r}")
     chunks = {kind: _chunks(files) for kind, files in kinds.items()}
     sums = iter(compute([Sum(chunk) for own in chunks.values() for chunk in own]))
-    means = {kind: sum(next(sums) for _ in own) / len(kinds[kind]) for kind, own in chunks.items()}
+    means = {kind: torch.stack([next(sums) for _ in own]).sum(dim=0) / len(kinds[kind]) for kind, own in chunks.items()}
     wanted = dict.fromkeys((one, other) for one, far, near in pairs for other in (far, near))
     squares = [Squares(chunk, means[kind]) for kind, own in chunks.items() for chunk in own]
     products = [
