@@ -30,14 +30,15 @@ class Training:
     """What differs from the method's own training.
 
     Attributes:
-        zoomed: references are shrunk to 50 to 100 % and moved, their edges mirrored.
-        masked: "" for no masks, "object" for the object's silhouette, "picture" for what is no mirrored edge.
+        zoomed: "" or, for references that are shrunk to 50 to 100 % and moved, numpy's word for how the frame is filled:
+            "symmetric" mirrors them, "edge" stretches their edges.
+        masked: "" for no masks, "object" for the object's silhouette, "picture" for what is not filled.
         sides: residuals at layers of these sides alone.
         slots: residuals at these tokens; see ``interventions.SLOTS``.
         windows: residuals of their own for each (first, last) share of the steps.
     """
 
-    zoomed: bool = False
+    zoomed: str = ""
     masked: str = ""
     sides: tuple[int, ...] = (16, 8, 4, 2)
     slots: tuple[str, ...] = ("noun",)
@@ -46,8 +47,9 @@ class Training:
 
 TRAININGS = {
     "the method": Training(),
-    "references zoomed": Training(zoomed=True),
-    "references zoomed, loss off their edges": Training(zoomed=True, masked="picture"),
+    "references zoomed": Training(zoomed="symmetric"),
+    "references zoomed, loss off their edges": Training(zoomed="symmetric", masked="picture"),
+    "references zoomed on stretched edges, loss off these": Training(zoomed="edge", masked="picture"),
     "loss on the object": Training(masked="object"),
     "layers of 16 and 8": Training(sides=(16, 8)),
     "noun and the token before": Training(slots=("noun", "before")),
@@ -149,12 +151,12 @@ def _pictures(concept: str, training: Training) -> tuple[list[Image.Image], list
     if training.masked == "object":
         masks = [Image.fromarray(silhouettes(scene, 128).max(axis=0)) for scene in reference_scenes(concept)]
     if training.zoomed:
-        pairs = [_zoomed(image, rng) for image in images for _ in range(_ZOOMS)]
+        pairs = [_zoomed(image, training.zoomed, rng) for image in images for _ in range(_ZOOMS)]
         images, masks = [image for image, _ in pairs], [mask for _, mask in pairs]
     return images, masks if training.masked else None
 
 
-def _zoomed(image: Image.Image, rng: random.Random) -> tuple[Image.Image, Image.Image]:
+def _zoomed(image: Image.Image, filled: str, rng: random.Random) -> tuple[Image.Image, Image.Image]:
     """The picture shrunk and moved within its frame, and a mask of where it is."""
     side = image.width
     small = round(rng.uniform(_LEAST, 1.0) * side)
@@ -162,4 +164,4 @@ def _zoomed(image: Image.Image, rng: random.Random) -> tuple[Image.Image, Image.
     around = ((top, side - small - top), (left, side - small - left))
     pixels = np.asarray(image.resize((small, small), Image.Resampling.LANCZOS))
     mask = np.pad(np.full((small, small), 255, np.uint8), around)
-    return Image.fromarray(np.pad(pixels, (*around, (0, 0)), mode="symmetric")), Image.fromarray(mask)
+    return Image.fromarray(np.pad(pixels, (*around, (0, 0)), mode=filled)), Image.fromarray(mask)

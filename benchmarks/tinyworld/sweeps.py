@@ -29,8 +29,8 @@ from benchmarks.tinyworld.prompted import Prompted
 from engine.train.ico import SCHEMES
 
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
-LAMBDAS = (-2.0, -1.0, -0.5, 0.0, 0.5, 1.0, 2.0)
-FRACTIONS = (0.0, 0.1, 0.2, 0.4, 0.7, 1.0)
+LAMBDAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
+FRACTIONS = (0.0, 0.15, 0.4, 1.0)
 FRACTION = 0.4  # where it does not vary
 ABLATIONS = {
     "all of it": {},
@@ -38,27 +38,46 @@ ABLATIONS = {
     "separate prompts": {"separate_prompts": True},
     "last layer only": {"last_layer_only": True},
 }
-PROMPT_SCHEMES = ((0, 0, 2), (1, 1, 1), (1, 1, 3), (2, 1, 2), (4, 2, 2), (8, 4, 2))  # M, L, S
+PROMPT_SCHEMES = ((0, 0, 2), (0, 0, 3), (1, 1, 3), (4, 2, 2))  # M, L, S
 INFUSION = {"steps": 250, "learning_rate": 0.03, "batch_size": 4}  # the study's
-TUNED_ICO = {
-    "steps": 400,
-    "learning_rate": 4e-4,
-    "context_learning_rate": 1e-2,
-    "batch_size": 4,
-}  # dci_study's, smaller
+# dci_study's tuned rates, the batch smaller
+TUNED_ICO = {"steps": 250, "learning_rate": 4e-4, "context_learning_rate": 1e-2, "batch_size": 4}
 DEFAULT_DRAWING = {"sampler": "ddim", "steps": 50}
 Record = dict[str, Any]
 
 
-def strength(bench: Prompted) -> Iterator[Record]:
-    concept = _infusion(bench)
+class SweepBench(Prompted):
+    """Prompts of one concept, and what was learned of it, which sweeps share through files in ``folder``."""
+
+    def __init__(self, concept: str, seeds: int, judges: Path, folder: Path) -> None:
+        super().__init__(concept, seeds, judges)
+        self.folder = folder
+
+    def infusion(self) -> engine.Concept:
+        return self._learned("infusion", engine.train_infusion, INFUSION)
+
+    def ico(self, sizes: tuple[int, int, int] = SCHEMES["dci"]) -> engine.Concept:
+        """In a prompt scheme of M, L and S tokens."""
+        with _prompt_scheme(sizes):
+            return self._learned(f"ico-{'-'.join(map(str, sizes))}", engine.train_ico, TUNED_ICO)
+
+    def _learned(self, name: str, train: Callable[..., engine.Concept], options: dict[str, Any]) -> engine.Concept:
+        path = self.folder / f"{self.concept}-{name}.safetensors"
+        if not path.exists():
+            self.folder.mkdir(parents=True, exist_ok=True)
+            train(self.sd, reference_pictures(self.concept), self.noun, progress=False, **options).save(path)
+        return engine.Concept.load(path)
+
+
+def strength(bench: SweepBench) -> Iterator[Record]:
+    concept = bench.infusion()
     for value in STRENGTHS:
         images = bench.draw(bench.noun, engine.Infusion([concept], strength=value))
         yield {"sweep": "strength", "value": value, **bench.estimates(images)}
 
 
-def dci(bench: Prompted) -> Iterator[Record]:
-    concept = _ico(bench)
+def dci(bench: SweepBench) -> Iterator[Record]:
+    concept = bench.ico()
     phrase = f"{concept.placeholder} {bench.noun}"
     yield {"sweep": "ablation", "value": "ICO alone", **bench.estimates(bench.draw(phrase, engine.ICO([concept])))}
     settings: list[tuple[str, Any, dict[str, Any]]] = [("lambda", one, {"strength": one}) for one in LAMBDAS]
@@ -69,17 +88,16 @@ def dci(bench: Prompted) -> Iterator[Record]:
         yield {"sweep": sweep, "value": value, **bench.estimates(images)}
 
 
-def scheme(bench: Prompted) -> Iterator[Record]:
+def scheme(bench: SweepBench) -> Iterator[Record]:
     for sizes in PROMPT_SCHEMES:
-        with _prompt_scheme(sizes):
-            concept = _ico(bench)
+        concept = bench.ico(sizes)
         images = bench.draw(f"{concept.placeholder} {bench.noun}", engine.ICO([concept]))
         yield {"sweep": "scheme", "value": list(sizes), **bench.estimates(images)}
 
 
-def sampler(bench: Prompted) -> Iterator[Record]:
+def sampler(bench: SweepBench) -> Iterator[Record]:
     """Both samplers' means, and the difference over the same prompts and seeds."""
-    concept, ico = _infusion(bench), _ico(bench)
+    concept, ico = bench.infusion(), bench.ico()
     base = bench.covers(bench.draw(bench.noun, None, **DEFAULT_DRAWING))
     for name, phrase, custom in (
         ("the base model", bench.noun, None),
@@ -95,17 +113,9 @@ def sampler(bench: Prompted) -> Iterator[Record]:
         yield {"sweep": "sampler", "value": name, "both": means, "difference": differences}
 
 
-SWEEPS: dict[str, Callable[[Prompted], Iterator[Record]]] = {
+SWEEPS: dict[str, Callable[[SweepBench], Iterator[Record]]] = {
     one.__name__: one for one in (strength, dci, scheme, sampler)
 }
-
-
-def _infusion(bench: Prompted) -> engine.Concept:
-    return engine.train_infusion(bench.sd, reference_pictures(bench.concept), bench.noun, progress=False, **INFUSION)
-
-
-def _ico(bench: Prompted) -> engine.Concept:
-    return engine.train_ico(bench.sd, reference_pictures(bench.concept), bench.noun, progress=False, **TUNED_ICO)
 
 
 @contextmanager
@@ -124,7 +134,7 @@ def run(concept: str, name: str, seeds: int, out: Path, judges: Path) -> list[Re
     if path.exists():
         return json.loads(path.read_text())
     records = []
-    for record in SWEEPS[name](Prompted(concept, seeds, judges)):
+    for record in SWEEPS[name](SweepBench(concept, seeds, judges, out / "learned")):
         records.append({"concept_name": concept, **record})
         print(concept, record["sweep"], record["value"], _means(record), flush=True)
     path.parent.mkdir(parents=True, exist_ok=True)
@@ -141,7 +151,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--concepts", nargs="+", default=["striped-cat", "checkered-teapot"], choices=list(CONCEPTS))
     parser.add_argument("--sweeps", nargs="+", default=list(SWEEPS), choices=list(SWEEPS))
-    parser.add_argument("--seeds", type=int, default=4, help="pictures per prompt")
+    parser.add_argument("--seeds", type=int, default=2, help="pictures per prompt")
     parser.add_argument("--jobs", type=int, default=2, help="sweeps at a time, one thread each")
     parser.add_argument("--out", type=Path, default=Path("out/sweeps"), help="folder for what is done")
     parser.add_argument("--judges", type=Path, default=Path("out/study"), help="folder of the judge of looks")

@@ -140,7 +140,7 @@ def test_trainings_learn_where_they_say(
 
 
 def test_zoomed_pictures_are_whole_within_their_masks() -> None:
-    images, masks = layout_training._pictures("striped-cat", Training(zoomed=True, masked="picture"))
+    images, masks = layout_training._pictures("striped-cat", Training(zoomed="edge", masked="picture"))
     assert masks is not None
     assert len(images) == len(masks) == 60
     sides = set()

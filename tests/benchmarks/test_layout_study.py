@@ -4,9 +4,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-import torch
 
-from benchmarks.tinyworld import bench as bench_module
 from benchmarks.tinyworld import layout_study, prompted
 from benchmarks.tinyworld.bench import DRAWING
 from benchmarks.tinyworld.layout_study import BOUNDS, METHOD, LayoutBench, Task, run
@@ -58,7 +56,6 @@ def test_bounds_are_other_seeds_and_one_scene_twice(bench: LayoutBench, monkeypa
     monkeypatch.setitem(DRAWING, "steps", 1)
     inner = bench.draw
     monkeypatch.setattr(bench, "draw", lambda *given: seen.append(given) or inner(*given))
-    monkeypatch.setattr(bench_module, "DRAWING", DRAWING)
     bounds = bench.bounds()
     assert seen == [("cat", None, 1000)]
     assert bounds["judge"]["layout"]["n"] == 10
@@ -80,4 +77,3 @@ def test_a_run_draws_what_is_left(bench: LayoutBench, tmp_path: Path, monkeypatc
     assert [record["drawing"] for record in records] == [METHOD, "map squared"]
     assert len(list((tmp_path / "sheets").iterdir())) == 2
     assert Task("a", BOUNDS, (), 2).name != Task("a", METHOD, (), 2).name
-    assert torch.is_grad_enabled()

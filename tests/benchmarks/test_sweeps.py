@@ -1,5 +1,6 @@
 """The sweeps draw what they say, and differences between samplers have their sign."""
 
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -18,6 +19,14 @@ class _Bench:
 
     def __init__(self) -> None:
         self.drawn: list[tuple[str, Any]] = []
+        self.learned: list[tuple[int, int, int]] = []
+
+    def infusion(self) -> engine.Concept:
+        return engine.Concept("cat", {"layer": torch.zeros(2)})
+
+    def ico(self, sizes: tuple[int, int, int] = (1, 1, 3)) -> engine.Concept:
+        self.learned.append(sizes)
+        return engine.Concept("cat", tokens=torch.zeros(1, 2))
 
     def draw(self, phrase: str, customization: Any, **changes: Any) -> list[int]:
         self.drawn.append((phrase, customization))
@@ -37,10 +46,7 @@ class _Bench:
 
 
 @pytest.fixture
-def bench(monkeypatch: pytest.MonkeyPatch) -> _Bench:
-    infusion = engine.Concept("cat", {"layer": torch.zeros(2)})
-    monkeypatch.setattr(sweeps, "_infusion", lambda _bench: infusion)
-    monkeypatch.setattr(sweeps, "_ico", lambda _bench: engine.Concept("cat", tokens=torch.zeros(1, 2)))
+def bench() -> _Bench:
     return _Bench()
 
 
@@ -67,14 +73,9 @@ def test_dcis_knobs_and_parts(bench: _Bench) -> None:
         assert off == tuple(swept == "ablation" and record["value"] == part for part in parts)
 
 
-def test_prompt_schemes_reach_the_trainer(bench: _Bench, monkeypatch: pytest.MonkeyPatch) -> None:
-    before, seen = SCHEMES["dci"], list[tuple[int, int, int]]()
-    concept = engine.Concept("cat", tokens=torch.zeros(1, 2))
-    monkeypatch.setattr(sweeps, "_ico", lambda _bench: seen.append(SCHEMES["dci"]) or concept)
+def test_every_prompt_scheme_is_learned(bench: _Bench) -> None:
     records = _records("scheme", bench)
-    assert tuple(seen) == sweeps.PROMPT_SCHEMES
-    assert [tuple(record["value"]) for record in records] == seen
-    assert SCHEMES["dci"] == before
+    assert tuple(bench.learned) == sweeps.PROMPT_SCHEMES == tuple(tuple(record["value"]) for record in records)
 
 
 def test_samplers_are_compared_each_with_its_own_base(bench: _Bench) -> None:
@@ -83,12 +84,15 @@ def test_samplers_are_compared_each_with_its_own_base(bench: _Bench) -> None:
         assert record["both"] == {"layout": [20, 50], "against": [0, 50]}
 
 
-def test_schemes_without_contexts_train(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_concepts_are_learned_once_in_their_scheme(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sweeps.TUNED_ICO, "steps", 1)
-    bench: Any = _Bench()
-    bench.sd = engine.load()
-    for sizes in sweeps.PROMPT_SCHEMES:
-        with sweeps._prompt_scheme(sizes):
-            tokens = sweeps._ico(bench).tokens
+    monkeypatch.setattr(sweeps.Prompted, "__init__", lambda *_: None)
+    bench, before = sweeps.SweepBench("striped-cat", 1, tmp_path, tmp_path / "learned"), SCHEMES["dci"]
+    bench.sd, bench.concept, bench.noun = engine.load(), "striped-cat", "cat"
+    for sizes in ((0, 0, 2), (4, 2, 1)):
+        tokens = bench.ico(sizes).tokens
         assert tokens is not None
         assert len(tokens) == sizes[2]
+    assert SCHEMES["dci"] == before
+    monkeypatch.setattr(engine, "train_ico", None)
+    assert bench.ico((4, 2, 1)).tokens is not None
