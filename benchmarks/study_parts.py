@@ -145,6 +145,8 @@ def sweep_parts(path: Path) -> dict[str, str]:
     result = json.loads(path.read_text())
     settings, records = result["settings"], result["sweeps"]
     named = {
+        "strength": "strength",
+        "guidance": "guidance",
         "lambda": "lambda (fraction {fraction:g})",
         "fraction": "fraction (lambda 1)",
         "ablation": "left out (lambda 1, fraction {fraction:g})",
@@ -157,7 +159,6 @@ def sweep_parts(path: Path) -> dict[str, str]:
         "sweeps_concepts": " and ".join(dict.fromkeys(one["concept_name"] for one in records)),
         "sweeps_infusion": ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in settings["infusion"].items()),
         "sweeps_ico": ", ".join(f"{k.replace('_', ' ')} {v:g}" for k, v in settings["ico"].items()),
-        "sweep_strength": _sweep_table(records, "strength", "strength"),
         "sweep_sampler": _sampler_table(records),
     }
 

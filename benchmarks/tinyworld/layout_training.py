@@ -30,7 +30,7 @@ class Training:
     """What differs from the method's own training.
 
     Attributes:
-        zoomed: "" or, for references that are shrunk to 50 to 100 % and moved, numpy's word for how the frame is filled:
+        zoomed: "" or, for references shrunk to 50 to 100 % and moved, numpy's word for how the frame is filled:
             "symmetric" mirrors them, "edge" stretches their edges.
         masked: "" for no masks, "object" for the object's silhouette, "picture" for what is not filled.
         sides: residuals at layers of these sides alone.

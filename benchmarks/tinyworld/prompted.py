@@ -69,6 +69,6 @@ class Prompted:
         """Mean and 95 % interval over prompts, as a record."""
         return estimate(values, [i // self.seeds for i in range(len(values))]).record()
 
-    def estimates(self, images: Sequence[Image.Image]) -> dict[str, Any]:
+    def estimates(self, images: Sequence[Image.Image], silhouettes: Tensor | None = None) -> dict[str, Any]:
         """``values``, each as a record."""
-        return {name: self.estimate(one) for name, one in self.values(images).items()}
+        return {name: self.estimate(one) for name, one in self.values(images, silhouettes).items()}

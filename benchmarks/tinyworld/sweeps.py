@@ -1,6 +1,6 @@
 """What each knob of both methods does: ``python -m benchmarks.tinyworld.sweeps``.
 
-On the study's prompts: Infusion's strength; DCI's strength and fraction, and what each of its parts is for; ICO's
+On the study's prompts: Infusion's strength and guidance; DCI's strength and fraction, and what each of its parts is for; ICO's
 prompt schemes; and whether the study's sampler tells the same as the library's default. Sweeps run side by side, one
 thread each; what is done lies in ``--out``. Writes ``benchmarks/results/sweeps-<date>.json``.
 """
@@ -28,6 +28,7 @@ from benchmarks.tinyworld.look_judge import look_judge
 from benchmarks.tinyworld.prompted import Prompted
 from engine.train.ico import SCHEMES
 
+GUIDANCES = (2.0, 4.0, 8.0, 12.0)
 STRENGTHS = (0.0, 0.25, 0.5, 0.75, 1.0, 1.25, 1.5)
 LAMBDAS = (-2.0, -1.0, 0.0, 1.0, 2.0)
 FRACTIONS = (0.0, 0.15, 0.4, 1.0)
@@ -76,6 +77,15 @@ def strength(bench: SweepBench) -> Iterator[Record]:
         yield {"sweep": "strength", "value": value, **bench.estimates(images)}
 
 
+def guidance(bench: SweepBench) -> Iterator[Record]:
+    """Layout is against the base's pictures under the same guidance."""
+    concept = bench.infusion()
+    for value in GUIDANCES:
+        base = bench.covers(bench.draw(bench.noun, None, guidance_scale=value))
+        images = bench.draw(bench.noun, engine.Infusion([concept]), guidance_scale=value)
+        yield {"sweep": "guidance", "value": value, **bench.estimates(images, base)}
+
+
 def dci(bench: SweepBench) -> Iterator[Record]:
     concept = bench.ico()
     phrase = f"{concept.placeholder} {bench.noun}"
@@ -114,7 +124,7 @@ def sampler(bench: SweepBench) -> Iterator[Record]:
 
 
 SWEEPS: dict[str, Callable[[SweepBench], Iterator[Record]]] = {
-    one.__name__: one for one in (strength, dci, scheme, sampler)
+    one.__name__: one for one in (strength, guidance, dci, scheme, sampler)
 }
 
 

@@ -30,7 +30,7 @@ class _Bench:
 
     def draw(self, phrase: str, customization: Any, **changes: Any) -> list[int]:
         self.drawn.append((phrase, customization))
-        return [changes.get("steps", 20)]
+        return [changes.get("guidance_scale", changes.get("steps", 20))]
 
     def covers(self, images: list[int]) -> list[int]:
         return images
@@ -41,8 +41,8 @@ class _Bench:
     def estimate(self, values: list[float]) -> float:
         return values[0]
 
-    def estimates(self, images: list[int]) -> dict[str, list[int]]:
-        return {"drawn": images}
+    def estimates(self, images: list[int], silhouettes: list[int] | None = None) -> dict[str, Any]:
+        return {"drawn": images, "against": silhouettes}
 
 
 @pytest.fixture
@@ -58,6 +58,12 @@ def test_strengths(bench: _Bench) -> None:
     values = [record["value"] for record in _records("strength", bench)]
     assert [custom.strength for _, custom in bench.drawn] == values == list(sweeps.STRENGTHS)
     assert {phrase for phrase, _ in bench.drawn} == {"cat"}
+
+
+def test_guidance_is_compared_with_its_own_base(bench: _Bench) -> None:
+    for record in _records("guidance", bench):
+        assert record["drawn"] == record["against"] == [record["value"]]
+    assert [custom is None for _, custom in bench.drawn[:4]] == [True, False, True, False]
 
 
 def test_dcis_knobs_and_parts(bench: _Bench) -> None:
