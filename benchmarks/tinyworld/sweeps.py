@@ -1,8 +1,8 @@
 """What each knob of both methods does: ``python -m benchmarks.tinyworld.sweeps``.
 
-On the study's prompts: Infusion's strength and guidance; DCI's strength and fraction, and what each of its parts is for; ICO's
-prompt schemes; and whether the study's sampler tells the same as the library's default. Sweeps run side by side, one
-thread each; what is done lies in ``--out``. Writes ``benchmarks/results/sweeps-<date>.json``.
+On the study's prompts: Infusion's strength and guidance; DCI's strength and fraction, and what each of its parts is
+for; ICO's prompt schemes; and whether the study's sampler tells the same as the library's default. Sweeps run side by
+side, one thread each; what is done lies in ``--out``. Writes ``benchmarks/results/sweeps-<date>.json``.
 """
 
 from __future__ import annotations
