@@ -12,7 +12,6 @@ import argparse
 import json
 import multiprocessing
 import random
-import time
 from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
@@ -79,7 +78,7 @@ class LayoutBench(Prompted):
 
     def bounds(self) -> dict[str, Any]:
         """Layout of the base's pictures of other seeds, and of drawings of one scene with and without the look."""
-        others = self.draw(self.noun, None, _OTHER_SEED)
+        others = self.draw(self.noun, [None], _OTHER_SEED).images
         chance = {"layout": self.estimates(others)["layout"], **self._by_size(self.covers(others))}
         return {"chance": chance, "judge": self._same_scene()}
 
@@ -185,7 +184,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--judges", type=Path, default=Path("out/study"), help="folder of the judge of looks")
     parser.add_argument("--result", type=Path, default=RESULTS / f"layout-{date.today().isoformat()}.json")
     arguments = parser.parse_args(argv)
-    start, judge = time.perf_counter(), look_judge(arguments.judges)
+    judge = look_judge(arguments.judges)
     tasks = [Task(concept, BOUNDS, (BOUNDS,), arguments.seeds) for concept in arguments.concepts]
     for training in arguments.trainings:
         drawn = tuple(INTERVENTIONS) if training == METHOD else (METHOD,)
@@ -200,7 +199,6 @@ def main(argv: Sequence[str] | None = None) -> None:
         "seeds": arguments.seeds,
         "prompts": [prompt.text for prompt in study_prompts("cat")],
         "judge_accuracy": judge.accuracy,
-        "wall_seconds": round(time.perf_counter() - start),
     }
     write_result(arguments.result, machine(), {"settings": settings, "layout": records})
 

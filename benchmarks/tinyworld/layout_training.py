@@ -6,6 +6,7 @@ import random
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import torch
@@ -30,7 +31,7 @@ class Training:
     """What differs from the method's own training.
 
     Attributes:
-        zoomed: "" or, for references shrunk to 50 to 100 % and moved, numpy's word for how the frame is filled:
+        zoomed: None or, for references shrunk to 50 to 100 % and moved, numpy's word for how the frame is filled:
             "symmetric" mirrors them, "edge" stretches their edges.
         masked: "" for no masks, "object" for the object's silhouette, "picture" for what is not filled.
         sides: residuals at layers of these sides alone.
@@ -38,7 +39,7 @@ class Training:
         windows: residuals of their own for each (first, last) share of the steps.
     """
 
-    zoomed: str = ""
+    zoomed: Literal["symmetric", "edge"] | None = None
     masked: str = ""
     sides: tuple[int, ...] = (16, 8, 4, 2)
     slots: tuple[str, ...] = ("noun",)
@@ -156,7 +157,9 @@ def _pictures(concept: str, training: Training) -> tuple[list[Image.Image], list
     return images, masks if training.masked else None
 
 
-def _zoomed(image: Image.Image, filled: str, rng: random.Random) -> tuple[Image.Image, Image.Image]:
+def _zoomed(
+    image: Image.Image, filled: Literal["symmetric", "edge"], rng: random.Random
+) -> tuple[Image.Image, Image.Image]:
     """The picture shrunk and moved within its frame, and a mask of where it is."""
     side = image.width
     small = round(rng.uniform(_LEAST, 1.0) * side)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -25,7 +26,6 @@ class Prompted:
     Attributes:
         asked: the prompt of each picture.
         numbers: its seed.
-        silhouettes: (I, 16, 16) in [0, 1], of the base's objects.
     """
 
     def __init__(self, concept: str, seeds: int, judges: Path) -> None:
@@ -33,21 +33,30 @@ class Prompted:
         self.looks, self.evaluator = look_judge(judges), load_evaluator()
         self.asked = [prompt for prompt in study_prompts(self.noun) for _ in range(seeds)]
         self.numbers = [i % seeds for i in range(len(self.asked))]
-        self.silhouettes = self.covers(self.base_images())
+
+    @cached_property
+    def silhouettes(self) -> Tensor:
+        """(I, 16, 16) in [0, 1], of the objects in the base's pictures of the plain noun."""
+        return self.covers(self.base_images())
 
     def base_images(self) -> list[Image.Image]:
         """The base's pictures of the plain noun."""
-        return self.draw(self.noun, None)
+        return self.draw(self.noun, [None]).images
 
     def texts(self, phrase: str) -> list[str]:
         """The prompts, in which ``phrase`` stands for the concept."""
         return [prompt.text.format(phrase) for prompt in self.asked]
 
-    def draw(self, phrase: str, customization: Any, first_seed: int = 0, **changes: Any) -> list[Image.Image]:
-        """All pictures under one customisation; ``changes`` of how the study draws."""
-        numbers, drawing = [first_seed + number for number in self.numbers], DRAWING | changes
-        out = self.sd.generate(self.texts(phrase), seed=numbers, customization=customization, progress=False, **drawing)
-        return out.images
+    def draw(self, phrase: str, customizations: Sequence[Any], first_seed: int = 0, **changes: Any) -> engine.Result:
+        """All pictures under each customisation in turn; ``changes`` of how the study draws."""
+        n, numbers = len(customizations), [first_seed + number for number in self.numbers]
+        return self.sd.generate(
+            n * self.texts(phrase),
+            seed=n * numbers,
+            customization=[custom for custom in customizations for _ in numbers],
+            progress=False,
+            **DRAWING | changes,
+        )
 
     def covers(self, images: Sequence[Image.Image]) -> Tensor:
         """Silhouettes (I, 16, 16) in [0, 1] of the pictures' objects."""

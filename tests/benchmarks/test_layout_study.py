@@ -57,7 +57,7 @@ def test_bounds_are_other_seeds_and_one_scene_twice(bench: LayoutBench, monkeypa
     inner = bench.draw
     monkeypatch.setattr(bench, "draw", lambda *given: seen.append(given) or inner(*given))
     bounds = bench.bounds()
-    assert seen == [("cat", None, 1000)]
+    assert seen == [("cat", [None], 1000)]
     assert bounds["judge"]["layout"]["n"] == 10
     assert 0 < bounds["chance"]["layout"]["mean"] <= 1
     mass = bench.map_mass()
