@@ -10,6 +10,16 @@ from typing import Any
 Record = dict[str, Any]
 METHOD = "the method"
 _SHARES = ("likeness", "object", "context")
+_LABELLED = (  # in the figure; the table names all
+    "strength 0.5",
+    METHOD,
+    "layers of 16",
+    "layers of 4 and 2",
+    "until 40 % of the steps",
+    "map cut to the object",
+    "self-attention's maps, 100 %",
+    "self-attention's maps, 100 %, and map cut",
+)
 
 
 def table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -123,15 +133,18 @@ def draw_layout(path: Path, to: Path) -> None:
             axis.scatter(*_points(group), marker=marker, color=colour, label=label, zorder=2)
             for one, x, y in zip(group, *_points(group), strict=True):
                 text = one["drawing"] if one["training"] == METHOD else one["training"]
-                axis.annotate(text, (x, y), fontsize=7, xytext=(4, 2), textcoords="offset points")
+                if text in _LABELLED or one["training"] != METHOD:
+                    axis.annotate(text, (x, y), fontsize=7, xytext=(5, 2), textcoords="offset points")
         for name, level in (("chance", bound["chance"]), ("the most that the judge can tell", bound["judge"])):
             axis.axhline(level["layout"]["mean"], color="0.7", linestyle="--", zorder=0)
             axis.text(0.0, level["layout"]["mean"] + 0.004, name, fontsize=8, color="0.4")
+        axis.set_xlim(-0.02, 0.9)
+        axis.set_ylim(0.42, 0.92)
         axis.set_title(concept)
         axis.set_xlabel("likeness to the concept")
         axis.set_ylabel("overlap with the foundation's silhouette")
         axis.grid(alpha=0.3)
-    axes[0][0].legend(fontsize=9, loc="lower left", bbox_to_anchor=(0, 0.06))
+    axes[0][0].legend(fontsize=9, loc="upper right")
     figure.savefig(to, dpi=90)
     plt.close(figure)
 
