@@ -181,7 +181,8 @@ def _sweep_table(records: Sequence[Record], sweep: str, head: str) -> str:
     own = [record for record in records if record["sweep"] == sweep]
     for value in dict.fromkeys(_word(record["value"]) for record in own):
         group = [record for record in own if _word(record["value"]) == value]
-        rows.append([value, *(percent(group, name) for name in ("likeness", "concept", "object", "context", "layout"))])
+        shares = ("likeness", "concept", "object", "context", "layout")
+        rows.append([value, *(percent_within(group, name) for name in shares)])
     return table((head, "likeness %", "seen %", "object %", "context %", "layout %"), rows)
 
 
@@ -200,8 +201,8 @@ def _sampler_table(records: Sequence[Record]) -> str:
         cells = []
         for name in names:
             ours, default = (100 * one["mean"] for one in record["both"][name])
-            low, high = (100 * end for end in record["difference"][name]["interval"])
-            cells.append(f"{ours:.0f}, {default:.0f} ({low:+.0f} to {high:+.0f})")
+            low, high = (round(100 * end) for end in record["difference"][name]["interval"])
+            cells.append(f"{ours:.0f}, {default:.0f} ({low:+d} to {high:+d})")
         rows.append([record["concept_name"], record["value"], *cells])
     return table(("concept", "model", *(f"{name} %" for name in names)), rows)
 
