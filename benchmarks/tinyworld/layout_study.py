@@ -16,7 +16,7 @@ from collections.abc import Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
-from functools import cache
+from functools import cache, cached_property
 from pathlib import Path
 from typing import Any
 
@@ -68,8 +68,11 @@ _OTHER_SEED = 1000
 class LayoutBench(Prompted):
     """Foundations of one concept's prompts, and what becomes of their objects' silhouettes."""
 
+    @cached_property
+    def foundations(self) -> Foundations:
+        return Foundations(self.sd, self.noun, self.texts(self.noun), self.numbers, DRAWING)
+
     def base_images(self) -> list[Image.Image]:
-        self.foundations = Foundations(self.sd, self.noun, self.texts(self.noun), self.numbers, DRAWING)
         return self.foundations.images
 
     def measure(self, images: list[Image.Image]) -> dict[str, Any]:
