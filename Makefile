@@ -58,8 +58,8 @@ docs: $(BIN)/.docs
 	@echo site/index.html
 
 study-small: $(BIN)/.installed
-	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.tinyworld.study --concepts striped-cat --checkpoints 100 250 --seeds 1 \
-	    --rates "$$(ls benchmarks/results/study-*.json | tail -1)" --out $(OUT)/study-small --result $(OUT)/study-small.json
+	OMP_NUM_THREADS=1 $(BIN)/python -W ignore -m benchmarks.tinyworld.study --concepts striped-cat --checkpoints 100 250 \
+	    --seeds 1 --judge small --rates "$$(ls benchmarks/results/study-*.json | tail -1)" --out $(OUT)/study-small --result $(OUT)/study-small.json
 
 bench: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.run

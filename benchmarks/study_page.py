@@ -1,6 +1,6 @@
-"""Write ``docs/study.md`` and its figure from the newest study: ``python -m benchmarks.study_page [--check]``.
+"""Write ``docs/study.md`` and its figures from the newest results: ``python -m benchmarks.study_page [--check]``.
 
-``--check`` only tells whether the page is current. The figure needs the ``plots`` extra.
+``--check`` only tells whether the page is current. Figures need the ``plots`` extra.
 """
 
 from __future__ import annotations
@@ -8,11 +8,22 @@ from __future__ import annotations
 import argparse
 import json
 import sys
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
 from benchmarks.machine import RESULTS
+from benchmarks.study_parts import (
+    draw_layout,
+    draw_sweeps,
+    layout_parts,
+    machine_line,
+    mean,
+    percent,
+    percent_within,
+    sweep_parts,
+    table,
+)
 from benchmarks.tinyworld.study import METHODS
 
 DOCS = Path(__file__).parent.parent / "docs"
@@ -38,12 +49,13 @@ _KINDS = {
 }
 
 
-def newest() -> Path:
-    return max(RESULTS.glob("study-*.json"))
+def newest(kind: str = "study") -> Path:
+    """The latest result of "study", "layout" or "sweeps"."""
+    return max(RESULTS.glob(f"{kind}-*.json"))
 
 
-def page(path: Path) -> str:
-    """The page as Markdown."""
+def page(path: Path, layout: Path, sweeps: Path) -> str:
+    """The page as Markdown, of three results."""
     result = json.loads(path.read_text())
     settings, records = result["settings"], result["study"]
     concepts = list(dict.fromkeys(record["concept_name"] for record in records))
@@ -63,7 +75,7 @@ def page(path: Path) -> str:
         "seeds": settings["seeds"],
         "n_pictures": len(settings["prompts"]) * settings["seeds"],
         "drawing": f"{drawing['sampler']} at {drawing['steps']} steps, guidance {drawing['guidance_scale']:g}",
-        "machine": _machine(result),
+        "machine": machine_line(result),
         "jobs": settings["jobs"],
         "recall": recall,
         "missing": _missing(trained, concepts),
@@ -72,6 +84,8 @@ def page(path: Path) -> str:
         "over_steps": _steps_table(trained, checkpoints),
         "kinds": _kinds_table(records, last),
         "tuning": _tuning_table(result["tuning"], settings["rates"]),
+        **layout_parts(layout),
+        **sweep_parts(sweeps),
     }
     return TEMPLATE.read_text().format(**parts)
 
@@ -83,11 +97,6 @@ def _missing(trained: Sequence[Record], concepts: Sequence[str]) -> str:
     lacking = [f"{concept}: {', '.join(n for n in wanted if n not in own)}" for concept, own in found.items()]
     lacking = [one for one in lacking if not one.endswith(": ")]
     return "; ".join(lacking) or "nothing of the methods"
-
-
-def _machine(result: dict[str, Any]) -> str:
-    about = result["machine"]
-    return f"{about['cpu']}, torch {about['versions']['torch']}, commit {about['commit'][:9]}, {about['date']}"
 
 
 def _key(record: Record) -> tuple[str, str]:
@@ -109,38 +118,26 @@ def _groups(records: Sequence[Record], steps: int | None) -> dict[tuple[str, str
     return found
 
 
-def _mean(records: Sequence[Record], read: Callable[[Record], float]) -> float:
-    return sum(map(read, records)) / len(records)
-
-
-def _share(records: Sequence[Record], name: str) -> str:
-    return f"{100 * _mean(records, lambda one: one[name]['mean']):.0f}"
-
-
-def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    lines = [heads, ["---"] * len(heads), *rows]
-    return "\n".join("| " + " | ".join(line) + " |" for line in lines)
-
-
 def _main_table(records: Sequence[Record], steps: int) -> str:
     heads = ("method", "likeness %", "seen %", "object %", "context %", "layout %", "CLIP-T", "CLIP-I", "diversity",
              "places", "Fisher, others", "Fisher, noun", "W2", "bytes", "training s", "s a picture")  # fmt: skip
     rows = []
     for key, group in _groups(records, steps).items():
-        row = [_name(*key), *(_share(group, name) for name in ("likeness", "concept", "object", "context", "layout"))]
-        row += [f"{_mean(group, lambda one, n=name: one[n]['mean']):.3f}" for name in ("clip_t", "clip_i")]
-        row.append(f"{_mean(group, lambda one: one['diversity']['pairwise']):.3f}")
-        row.append(f"{_mean(group, lambda one: one['diversity']['backgrounds']):.1f}")
+        shares = ("likeness", "concept", "object", "context", "layout")
+        row = [_name(*key), *(percent_within(group, name) for name in shares)]
+        row += [f"{mean(group, lambda one, n=name: one[n]['mean']):.3f}" for name in ("clip_t", "clip_i")]
+        row.append(f"{mean(group, lambda one: one['diversity']['pairwise']):.3f}")
+        row.append(f"{mean(group, lambda one: one['diversity']['backgrounds']):.1f}")
         row += [
-            f"{_mean(group, lambda one, n=kind: one['fisher'][n]['total']['mean']):.3g}" for kind in ("other", "noun")
+            f"{mean(group, lambda one, n=kind: one['fisher'][n]['total']['mean']):.3g}" for kind in ("other", "noun")
         ]
         is_base = key[0] == "base"
-        row.append(f"{_mean(group, lambda one: one['wasserstein']['w2']):.1f}{' (floor)' if is_base else ''}")
+        row.append(f"{mean(group, lambda one: one['wasserstein']['w2']):.1f}{' (floor)' if is_base else ''}")
         row += ["" if is_base else f"{group[0]['bytes']:,}"]
-        row += ["" if is_base else f"{_mean(group, lambda one: one['training_seconds']):.0f}"]
-        row.append(f"{_mean(group, lambda one: one['seconds_per_picture']):.2f}")
+        row += ["" if is_base else f"{mean(group, lambda one: one['training_seconds']):.0f}"]
+        row.append(f"{mean(group, lambda one: one['seconds_per_picture']):.2f}")
         rows.append(row)
-    return _table(heads, rows)
+    return table(heads, rows)
 
 
 def _steps_table(records: Sequence[Record], checkpoints: Sequence[int]) -> str:
@@ -152,12 +149,10 @@ def _steps_table(records: Sequence[Record], checkpoints: Sequence[int]) -> str:
             if not group:
                 row.append("not measured")
                 continue
-            shares = " / ".join(_share(group, name) for name in ("likeness", "context", "layout"))
-            row.append(
-                f"{shares}, {_mean(group, lambda one: one['wasserstein']['w2']):.1f}" if group else "not measured"
-            )
+            shares = " / ".join(percent(group, name) for name in ("likeness", "context", "layout"))
+            row.append(f"{shares}, {mean(group, lambda one: one['wasserstein']['w2']):.1f}")
         rows.append(row)
-    return _table(["method", *(f"{steps} steps" for steps in checkpoints)], rows)
+    return table(["method", *(f"{steps} steps" for steps in checkpoints)], rows)
 
 
 def _kinds_table(records: Sequence[Record], steps: int) -> str:
@@ -166,12 +161,12 @@ def _kinds_table(records: Sequence[Record], steps: int) -> str:
         cells = []
         for kind in _KINDS:
             parts = (
-                f"{100 * _mean(group, lambda one, k=kind, n=name: one['by_kind'][k][n]):.0f}"
+                f"{100 * mean(group, lambda one, k=kind, n=name: one['by_kind'][k][n]):.0f}"
                 for name in ("likeness", "context")
             )
             cells.append(" / ".join(parts))
         rows.append([_name(*key), *cells])
-    return _table(["method", *_KINDS.values()], rows)
+    return table(["method", *_KINDS.values()], rows)
 
 
 def _tuning_table(tuning: Sequence[Record], rates: dict[str, float]) -> str:
@@ -182,7 +177,7 @@ def _tuning_table(tuning: Sequence[Record], rates: dict[str, float]) -> str:
         cells = [f"{record['learning_rate']:g}{' (chosen)' if is_chosen else ''}", str(record["steps"])]
         scores = [f"{100 * value:.0f}" for value in (likeness, noun, context, likeness * noun * context)]
         rows.append([_name(*_key(record)), *cells, *scores])
-    return _table(["method", "rate", "steps", "likeness %", "object %", "context %", "score %"], rows)
+    return table(["method", "rate", "steps", "likeness %", "object %", "context %", "score %"], rows)
 
 
 def draw(path: Path) -> None:
@@ -198,7 +193,7 @@ def draw(path: Path) -> None:
         for i, key in enumerate(_groups(records, None)):
             steps = sorted({record["steps"] for record in records if _key(record) == key})
             groups = [[r for r in records if _key(r) == key and r["steps"] == one] for one in steps]
-            x, y = ([_mean(group, lambda r, n=name: r[n]["mean"]) for group in groups] for name in (across, down))
+            x, y = ([mean(group, lambda r, n=name: r[n]["mean"]) for group in groups] for name in (across, down))
             axis.plot(x, y, marker="osv^Dp*hXP<>"[i % 12], color=f"C{i % 10}", label=_name(*key), alpha=0.9)
             axis.annotate(str(steps[-1]), (x[-1], y[-1]), fontsize=8, xytext=(4, 3), textcoords="offset points")
         axis.set_xlabel(labels[0], fontsize=11)
@@ -217,11 +212,14 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true", help="only tell whether the page is current")
     arguments = parser.parse_args()
-    text = page(newest())
+    results = newest(), newest("layout"), newest("sweeps")
+    text = page(*results)
     if arguments.check:
         sys.exit(0 if PAGE.read_text() == text else f"{PAGE} is not current: python -m benchmarks.study_page")
     PAGE.write_text(text)
-    draw(newest())
+    draw(results[0])
+    draw_layout(results[1], DOCS / "study-layout.png")
+    draw_sweeps(results[2], DOCS / "study-sweeps.png")
 
 
 if __name__ == "__main__":

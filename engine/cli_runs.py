@@ -105,7 +105,7 @@ def add_toy(parser: argparse.ArgumentParser) -> None:
 
 
 def _add_ray(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("--ray", action="store_true", help="draw in actors of Ray, on this machine or a cluster")
+    parser.add_argument("--ray", action="store_true", help="work in actors of Ray, on this machine or a cluster")
     parser.add_argument("--address", help="with --ray: of a cluster, or auto (default: one is started here)")
     parser.add_argument("--actors", type=int, help="with --ray: Engines (default: 1)")
     parser.add_argument("--actor-threads", type=int, metavar="N", help="with --ray: torch's in each (default: 1)")
@@ -131,10 +131,12 @@ def _lora(text: str) -> LoRA:
 
 
 def _batch(arguments: argparse.Namespace) -> int:
+    from .loading import model_digest
     from .serve.bulk import read_rows, run_bulk, write_status
 
-    rows, statuses = read_rows(arguments.rows)
-    for one in run_bulk(rows, arguments.out, loading_arguments(arguments), **_bulk(arguments)):
+    loading = loading_arguments(arguments)
+    rows, statuses = read_rows(arguments.rows, model_digest(loading))
+    for one in run_bulk(rows, arguments.out, loading, **_bulk(arguments)):
         statuses.append(one)
         if one.status == "error":
             print(f"{one.key}  {one.error}", file=sys.stderr)
@@ -159,7 +161,11 @@ def _evaluate(arguments: argparse.Namespace) -> int:
     clip = Tinyworld() if arguments.clip is None else CLIP(arguments.clip)
     dino = None if arguments.dino is None else DINO(arguments.dino)
     strengths = tuple(arguments.strength or [1.0])
-    more = _bulk(arguments)
+    more, ray = _bulk(arguments), _ray(arguments)
+    if ray is not None:
+        from .evaluate.ray_sums import compute
+
+        more["compute"] = partial(compute, **ray)
     arguments.out.mkdir(parents=True, exist_ok=True)
     result = evaluate(concepts, loading_arguments(arguments), arguments.out, protocol, clip, dino, strengths, **more)
     print(write_record(result, arguments.out))
@@ -182,14 +188,8 @@ def _bulk(arguments: argparse.Namespace) -> dict[str, Any]:
     """How rows are drawn: how many at a time, with what progress bar, and where."""
     from tqdm import tqdm
 
-    names = {"address": "address", "actors": "actors", "actor_threads": "threads", "actor_gpus": "gpus"}
-    ray = {ours: value for name, ours in names.items() if (value := getattr(arguments, name)) is not None}
-    if ray and not arguments.ray:
-        raise ValueError(f"{', '.join(ray)} belongs to Ray: give --ray too, got {list(ray.values())}")
-    for name in ("actors", "threads"):
-        check_integer(name, ray.get(name, 1), 1)
-    paint = None
-    if arguments.ray:
+    paint, ray = None, _ray(arguments)
+    if ray is not None:
         from .serve.ray_bulk import paint as paint_on_ray
 
         paint = partial(paint_on_ray, **ray)
@@ -198,3 +198,14 @@ def _bulk(arguments: argparse.Namespace) -> dict[str, Any]:
         "paint": paint,
         "progress": lambda batches, n: tqdm(batches, total=n, disable=arguments.quiet, unit="batch"),
     }
+
+
+def _ray(arguments: argparse.Namespace) -> dict[str, Any] | None:
+    """How Ray is used; None where it is not."""
+    names = {"address": "address", "actors": "actors", "actor_threads": "threads", "actor_gpus": "gpus"}
+    ray = {ours: value for name, ours in names.items() if (value := getattr(arguments, name)) is not None}
+    if ray and not arguments.ray:
+        raise ValueError(f"{', '.join(ray)} belongs to Ray: give --ray too, got {list(ray.values())}")
+    for name in ("actors", "threads"):
+        check_integer(name, ray.get(name, 1), 1)
+    return ray if arguments.ray else None

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import threading
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -94,6 +94,17 @@ def load(
     return Engine(
         checkpoint.name, unet, autoencoder, text_encoder, checkpoint.schedule, ops, captured, max_pixels, loras
     )
+
+
+def checkpoint_of(loading: Mapping[str, Any]) -> Checkpoint:
+    """Where the files are that ``load(**loading)`` reads."""
+    is_half = _dtype(loading.get("dtype"), _device(loading.get("device"))) == torch.float16
+    return open_checkpoint(loading.get("model"), loading.get("config"), prefer_fp16=is_half)
+
+
+def model_digest(loading: Mapping[str, Any]) -> str:
+    """What of ``load``'s arguments decides pictures, beyond rounding: the model's content and dtype, as a hash."""
+    return f"{checkpoint_of(loading).digest()}-{_dtype(loading.get('dtype'), _device(loading.get('device')))}"
 
 
 def _check_fit(checkpoint: Checkpoint) -> None:

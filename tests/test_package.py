@@ -59,7 +59,7 @@ def test_files_stay_readable() -> None:
 # Each place may import from those before it, and from its own folder; places of one line not from one another
 _ORDER = (
     ("errors", "version"),
-    ("checks", "files", "warn"),
+    ("checks", "files", "read_picture", "warn"),
     ("options",),
     ("kernels",),
     ("backends",),

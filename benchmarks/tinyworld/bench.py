@@ -6,7 +6,6 @@ import time
 from collections.abc import Sequence
 from dataclasses import dataclass
 from functools import cache
-from pathlib import Path
 from typing import Any
 
 import torch
@@ -19,13 +18,13 @@ from benchmarks.tinyworld.captions import full_prompt
 from benchmarks.tinyworld.concepts import CONCEPTS, held_out_pictures, reference_pictures
 from benchmarks.tinyworld.data import HELD_OUT_SEED, pictures_at, scene_at, to_tensor
 from benchmarks.tinyworld.evaluate import judge, reconstruct
-from benchmarks.tinyworld.look_judge import look_judge, overlap
+from benchmarks.tinyworld.look_judge import Look, LookJudge, overlap
 from benchmarks.tinyworld.scene import Scene, Thing
 from engine.evaluate.bootstrap import estimate
 from engine.evaluate.divergence import fisher_divergence, noise_predictor
 from engine.evaluate.similarity import image_alignment, modes, pairwise_distance, text_alignment
 from engine.evaluate.tinyworld import Attributes, load_evaluator
-from engine.evaluate.wasserstein import wasserstein2_squared
+from engine.evaluate.wasserstein import distance_record, wasserstein2_squared
 
 DRAWING: dict[str, Any] = {"sampler": "dpmpp_2m", "steps": 20, "guidance_scale": 8.0}
 _DIVERSITY_SEEDS, _FISHER_PAIRS = 16, 48
@@ -65,13 +64,14 @@ def _prompt(kind: str, scene: Scene, noun: str) -> Prompt:
 class Bench:
     """What all records of one concept are measured against; made once per process."""
 
-    def __init__(self, concept: str, seeds: int, folder: Path) -> None:
+    def __init__(self, concept: str, seeds: int, looks: LookJudge) -> None:
         self.sd, self.concept, self.seeds, self.noun = engine.load(), concept, seeds, CONCEPTS[concept].noun
-        self.evaluator, self.looks = load_evaluator(), look_judge(folder)
+        self.evaluator, self.looks = load_evaluator(), looks
         self.prompts = study_prompts(self.noun)
         self.references = self.evaluator.embed_pictures(to_tensor(reference_pictures(concept)))
         self.plain = self._draw(Drawer(self.sd, self.noun, None, 0))
         self.others = self._draw(Drawer(self.sd, self.noun, None, 0), _OTHER_SEED)
+        self.floor = wasserstein2_squared(self.others.latents, self.plain.latents)
         self.silhouettes = [look.silhouette for look in self.looks.see(to_tensor(self.plain.images))]
         self.pairs = {kind: self._pairs(kind) for kind in ("other", "noun")}
 
@@ -114,15 +114,10 @@ class Bench:
         seconds = (time.perf_counter() - start) / len(out.images)
         groups = [i for i in range(len(self.prompts)) for _ in range(self.seeds)]
         pictures = to_tensor(out.images)
-        looks, seen = self.looks.see(pictures), self.evaluator.classify(pictures)
+        looks, asked = self.looks.see(pictures), [self.prompts[i] for i in groups]
         embedded = self.evaluator.embed_pictures(pictures)
         plain = self.evaluator.embed_texts([prompt.text.format(self.noun) for prompt in self.prompts])
-        asked = [self.prompts[i] for i in groups]
-        values = {
-            "concept": [float(look.shows(self.concept)) for look in looks],
-            "likeness": [look.likeness(self.concept) for look in looks],
-            "object": [float(look.noun == self.noun) for look in looks],
-            "context": [float(_has_context(one, prompt)) for one, prompt in zip(seen, asked, strict=True)],
+        values = verdicts(self.concept, looks, self.evaluator.classify(pictures), asked) | {
             "clip_t": text_alignment(embedded, plain[groups]).tolist(),
             "clip_i": image_alignment(embedded, self.references).tolist(),
             "layout": [overlap(a.silhouette, b) for a, b in zip(looks, self.silhouettes, strict=True)],
@@ -141,7 +136,9 @@ class Bench:
             "by_kind": by_kind,
             "diversity": self._diversity(drawer),
             "fisher": self._fisher(drawer),
-            "wasserstein": self._wasserstein(out.latents),
+            "wasserstein": distance_record(
+                wasserstein2_squared(self.others.latents, out.latents), self.floor, len(out.latents)
+            ),
             "bytes": drawer.n_bytes,
             "seconds_per_picture": round(seconds, 3),
         }
@@ -170,19 +167,20 @@ class Bench:
             if kind == "other" and isinstance(acting, engine.Infusion):
                 acting = None  # its residuals act at their own noun alone
             custom = noise_predictor(drawer.sd, acting)
-            one = fisher_divergence(self.sd, base, custom, latents, prompts)
-            found[kind] = {
-                "total": estimate(one.values).record(),
-                "mean": float(f"{one.mean:.4g}"),
-                "weighted": float(f"{one.weighted:.4g}"),
-            }
+            found[kind] = fisher_divergence(self.sd, base, custom, latents, prompts).record()
         return found
 
-    def _wasserstein(self, latents: Tensor) -> dict[str, Any]:
-        squared = wasserstein2_squared(self.others.latents, latents)
-        floor = wasserstein2_squared(self.others.latents, self.plain.latents)
-        numbers = {"w2": squared**0.5, "w2_squared": squared, "floor_w2": floor**0.5, "floor_w2_squared": floor}
-        return {name: round(value, 3) for name, value in numbers.items()} | {"n": len(latents)}
+
+def verdicts(
+    concept: str, looks: Sequence[Look], seen: Sequence[Attributes], asked: Sequence[Prompt]
+) -> dict[str, list[float]]:
+    """Of each picture, whether it shows the concept's look, how much of it, the noun, and what else was asked for."""
+    return {
+        "concept": [float(look.shows(concept)) for look in looks],
+        "likeness": [look.likeness(concept) for look in looks],
+        "object": [float(look.noun == CONCEPTS[concept].noun) for look in looks],
+        "context": [float(_has_context(one, prompt)) for one, prompt in zip(seen, asked, strict=True)],
+    }
 
 
 def _has_context(seen: Attributes, prompt: Prompt) -> bool:

@@ -58,7 +58,21 @@ def draw_concept(
     seed: int = 0,
     side_px: int = 128,
 ) -> Image.Image:
-    """Draw one concept in a context; the words are those of ``Thing`` and ``Scene``.
+    """Draw one concept in a context; see ``concept_scene``."""
+    return draw(concept_scene(name, background, size, facing, position, extra, style, seed), side_px)
+
+
+def concept_scene(
+    name: str,
+    background: str = "plain",
+    size: str = "large",
+    facing: str = "right",
+    position: str = "middle",
+    extra: str = "",
+    style: str = "photo",
+    seed: int = 0,
+) -> Scene:
+    """One concept in a context; the words are those of ``Thing`` and ``Scene``.
 
     Raises:
         ValueError: no concept of this name.
@@ -69,14 +83,19 @@ def draw_concept(
     look = {"pattern": concept.pattern, "pattern_colour": concept.pattern_colour}
     thing = Thing(concept.noun, concept.colour, size, facing, position, extra, seed, **look)
     plain_colour = _PLAIN_COLOUR if background == "plain" else ""
-    return draw(Scene((thing,), background, plain_colour, style, seed), side_px)
+    return Scene((thing,), background, plain_colour, style, seed)
+
+
+def reference_scenes(name: str) -> list[Scene]:
+    """Five fixed scenes on the concept's two backgrounds, in one pose on each."""
+    first, second = CONCEPTS[name].contexts
+    scenes = [concept_scene(name, first, facing="right", seed=seed) for seed in (1, 2, 3)]
+    return scenes + [concept_scene(name, second, facing="left", seed=seed) for seed in (4, 5)]
 
 
 def reference_pictures(name: str) -> list[Image.Image]:
-    """Five fixed pictures on the concept's two backgrounds, in one pose on each."""
-    first, second = CONCEPTS[name].contexts
-    pictures = [draw_concept(name, first, facing="right", seed=seed) for seed in (1, 2, 3)]
-    return pictures + [draw_concept(name, second, facing="left", seed=seed) for seed in (4, 5)]
+    """The pictures of ``reference_scenes``."""
+    return [draw(scene) for scene in reference_scenes(name)]
 
 
 def held_out_pictures(name: str) -> list[Image.Image]:

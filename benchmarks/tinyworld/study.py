@@ -38,6 +38,7 @@ from benchmarks.tinyworld.baselines import (
 from benchmarks.tinyworld.bench import DRAWING, Bench, study_prompts
 from benchmarks.tinyworld.concepts import CONCEPTS, reference_pictures
 from benchmarks.tinyworld.look_judge import look_judge
+from benchmarks.tinyworld.small_judge import small_judge
 from engine.observe.sheet import grid
 from engine.train import loop
 from engine.train.ico import ICOOptions
@@ -92,9 +93,12 @@ METHODS = {
 }
 
 
+JUDGES = {"whole": look_judge, "small": small_judge}
+
+
 @cache
-def _bench(concept: str, seeds: int, folder: Path) -> Bench:
-    return Bench(concept, seeds, folder)
+def _bench(concept: str, seeds: int, judge: str, folder: Path) -> Bench:
+    return Bench(concept, seeds, JUDGES[judge](folder))
 
 
 @dataclass(frozen=True, slots=True)
@@ -103,6 +107,7 @@ class Task:
 
     Attributes:
         method: a key of ``METHODS``, or "base" for the model as it is.
+        judge: a key of ``JUDGES``.
     """
 
     method: str
@@ -110,10 +115,12 @@ class Task:
     rate: float
     checkpoints: tuple[int, ...]
     seeds: int
+    judge: str
 
     @property
     def name(self) -> str:
-        return f"{self.concept}-{self.method.replace(':', '-')}-{self.rate:g}-{max(self.checkpoints)}-{self.seeds}"
+        own = f"{self.concept}-{self.method.replace(':', '-')}-{self.rate:g}-{max(self.checkpoints)}-{self.seeds}"
+        return own + ("" if self.judge == "whole" else f"-{self.judge}")
 
 
 def run(task: Task, folder: Path) -> list[dict[str, Any]]:
@@ -121,7 +128,7 @@ def run(task: Task, folder: Path) -> list[dict[str, Any]]:
     path = folder / "records" / f"{task.name}.json"
     if path.exists():
         return json.loads(path.read_text())
-    bench = _bench(task.concept, task.seeds, folder)
+    bench = _bench(task.concept, task.seeds, task.judge, folder)
     records = _base(bench) if task.method == "base" else _train(task, bench, folder)
     path.parent.mkdir(parents=True, exist_ok=True)
     path.write_text(json.dumps(records))
@@ -186,10 +193,12 @@ def _prior(bench: Bench) -> Tensor:
     ).images
 
 
-def tuning_tasks(methods: Sequence[str]) -> list[Task]:
+def tuning_tasks(methods: Sequence[str], judge: str) -> list[Task]:
     """Every learning rate of every method, on the one concept that is not studied."""
     owners = dict.fromkeys(name if isinstance(METHODS[name].rates, tuple) else METHODS[name].rates for name in methods)
-    return [Task(str(name), TUNED_ON, float(rate), (250,), 2) for name in owners for rate in METHODS[str(name)].rates]
+    return [
+        Task(str(name), TUNED_ON, float(rate), (250,), 2, judge) for name in owners for rate in METHODS[str(name)].rates
+    ]
 
 
 def chosen_rates(tuning: Sequence[dict[str, Any]]) -> dict[str, float]:
@@ -228,6 +237,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--checkpoints", nargs="+", type=int, default=list(CHECKPOINTS))
     parser.add_argument("--seeds", type=int, default=4, help="pictures per prompt")
     parser.add_argument("--jobs", type=int, default=2, help="trainings at a time, one thread each")
+    parser.add_argument("--judge", default="whole", choices=list(JUDGES), help="small: less often right, sooner there")
     parser.add_argument("--rates", type=Path, help="an earlier study whose learning rates to take, not tuning anew")
     parser.add_argument("--add-to", type=Path, help="an earlier study whose rates and records to keep")
     parser.add_argument(
@@ -236,24 +246,27 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--result", type=Path, default=RESULTS / f"study-{date.today().isoformat()}.json")
     arguments = parser.parse_args(argv)
     start = time.perf_counter()
-    judges = look_judge(arguments.out)  # trained once, before there are several processes
+    judge = JUDGES[arguments.judge](arguments.out)  # trained once, before there are several processes
     before = arguments.add_to or arguments.rates
+    if arguments.add_to is not None:
+        earlier = json.loads(arguments.add_to.read_text())
+        if (told := earlier["settings"].get("judge", "whole")) != arguments.judge:
+            raise ValueError(f"judge must be that of {arguments.add_to}, {told!r}, got {arguments.judge!r}")
     if before is None:
-        tuning = run_all(tuning_tasks(arguments.methods), arguments.out, arguments.jobs)
+        tuning = run_all(tuning_tasks(arguments.methods, arguments.judge), arguments.out, arguments.jobs)
     else:
         tuning = json.loads(before.read_text())["tuning"]
     rates, checkpoints = chosen_rates(tuning), tuple(arguments.checkpoints)
-    tasks = [Task("base", concept, 0.0, (0,), arguments.seeds) for concept in arguments.concepts]
+    tasks = [Task("base", concept, 0.0, (0,), arguments.seeds, arguments.judge) for concept in arguments.concepts]
     tasks += [
-        Task(method, concept, rates[method], checkpoints, arguments.seeds)
+        Task(method, concept, rates[method], checkpoints, arguments.seeds, arguments.judge)
         for concept in arguments.concepts
         for method in arguments.methods
     ]
     records = run_all(tasks, arguments.out, arguments.jobs)
     if arguments.add_to is not None:
         known = {(record["trained_as"], record["concept_name"]) for record in records}
-        earlier = json.loads(arguments.add_to.read_text())["study"]
-        kept = [one for one in earlier if (one["trained_as"], one["concept_name"]) not in known]
+        kept = [one for one in earlier["study"] if (one["trained_as"], one["concept_name"]) not in known]
         records = [*kept, *records]
     settings = {
         "drawing": DRAWING,
@@ -263,7 +276,8 @@ def main(argv: Sequence[str] | None = None) -> None:
         "tuned_on": TUNED_ON,
         "rates": rates,
         "jobs": arguments.jobs,
-        "judge_accuracy": judges.accuracy,
+        "judge": arguments.judge,
+        "judge_accuracy": judge.accuracy,
         "wall_seconds": round(time.perf_counter() - start),
     }
     write_result(arguments.result, machine(), {"settings": settings, "tuning": tuning, "study": records})

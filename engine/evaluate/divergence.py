@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -17,6 +18,7 @@ from ..sampling.plan import make_plans
 from ..sampling.request import make_request
 from ..sampling.schedule import alphas_cumprod
 from ..sampling.seeds import make_generator
+from .bootstrap import estimate
 
 Predict = Callable[[Sequence[str], Tensor, Tensor], Tensor]
 
@@ -37,6 +39,18 @@ class Divergence:
     mean: float
     weighted: float
     values: tuple[float, ...]
+
+    @classmethod
+    def of(cls, sums: Tensor, n_elements: int) -> Divergence:
+        """From what ``pair_sums`` gives for all pairs (2, n), and how many elements a latent has."""
+        totals, weighted = sums
+        total = float(totals.mean())
+        return cls(total, total / n_elements, float(weighted.mean()), tuple(totals.tolist()))
+
+    def record(self) -> dict[str, Any]:
+        """As JSON holds it, the total with its interval."""
+        rounded = {name: float(f"{getattr(self, name):.6g}") for name in ("mean", "weighted")}
+        return {"total": estimate(self.values).record(), **rounded}
 
 
 def noise_predictor(sd: Engine, customization: Customization | None = None) -> Predict:
@@ -93,26 +107,45 @@ def fisher_divergence(
     """
     if not len(latents) or len(latents) != len(prompts):
         raise ValueError(f"prompts must be one per latent ({len(latents)}), got {len(prompts)}")
-    alphas = torch.from_numpy(alphas_cumprod(sd.schedule)).float()
     pairs = [(i, part) for part in range(repeats) for i in range(len(latents))]
-    totals = torch.zeros(len(latents), dtype=torch.float64)
-    weighted = 0.0
-    for first in range(0, len(pairs), batch_size):
-        chunk = pairs[first : first + batch_size]
-        rows = [i for i, _ in chunk]
-        generators = [make_generator(seed, 4, i, part) for i, part in chunk]
-        timesteps = torch.stack([torch.randint(0, len(alphas), (), generator=one) for one in generators])
-        noise = torch.stack([torch.randn(latents.shape[1:], generator=one) for one in generators])
-        alpha_bar = alphas[timesteps][:, None, None, None]
-        noisy = alpha_bar.sqrt() * latents[rows].float().cpu() + (1 - alpha_bar).sqrt() * noise
-        texts = [prompts[i] for i in rows]
-        difference = (custom(texts, noisy, timesteps) - base(texts, noisy, timesteps)).cpu()
-        squares = difference.double().square()
-        if sd.schedule.prediction_type == "v_prediction":  # eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t
-            squares = squares * alpha_bar
-        sums = squares.flatten(1).sum(dim=1)
-        totals.index_add_(0, torch.tensor(rows), sums)
-        weighted += float((sums / (2 * (1 - alpha_bar.flatten()))).sum())
-    values = totals / repeats
-    total = float(values.mean())
-    return Divergence(total, total / latents[0].numel(), weighted / len(pairs), tuple(values.tolist()))
+    chunks = [pairs[first : first + batch_size] for first in range(0, len(pairs), batch_size)]
+    sums = [
+        pair_sums(sd, base, custom, latents[[i for i, _ in chunk]], [prompts[i] for i, _ in chunk], chunk, seed)
+        for chunk in chunks
+    ]
+    return Divergence.of(torch.cat(sums, dim=1).unflatten(1, (repeats, -1)).mean(dim=1), latents[0].numel())
+
+
+@torch.no_grad()
+def pair_sums(
+    sd: Engine,
+    base: Predict,
+    custom: Predict,
+    latents: Tensor,
+    prompts: Sequence[str],
+    pairs: Sequence[tuple[int, int]],
+    seed: int = 0,
+) -> Tensor:
+    """What some pairs of picture and prompt add to the divergence, in one batch.
+
+    Args:
+        sd, base, custom, seed: see ``fisher_divergence``.
+        latents: (n, 4, h, w) the pairs' pictures.
+        prompts: (n) the pairs' prompts.
+        pairs: (n) number among all pairs, and repeat, which decide timestep and noise.
+
+    Returns:
+        (2, n) float64: the squared difference summed over a latent's elements, and the same over ``2 sigma_t^2``.
+    """
+    alphas = torch.from_numpy(alphas_cumprod(sd.schedule)).float()
+    generators = [make_generator(seed, 4, i, part) for i, part in pairs]
+    timesteps = torch.stack([torch.randint(0, len(alphas), (), generator=one) for one in generators])
+    noise = torch.stack([torch.randn(latents.shape[1:], generator=one) for one in generators])
+    alpha_bar = alphas[timesteps][:, None, None, None]
+    noisy = alpha_bar.sqrt() * latents.float().cpu() + (1 - alpha_bar).sqrt() * noise
+    difference = (custom(prompts, noisy, timesteps) - base(prompts, noisy, timesteps)).cpu()
+    squares = difference.double().square()
+    if sd.schedule.prediction_type == "v_prediction":  # eps = sqrt(alpha_bar) v + sqrt(1 - alpha_bar) z_t
+        squares = squares * alpha_bar
+    sums = squares.flatten(1).sum(dim=1)
+    return torch.stack([sums, sums / (2 * (1 - alpha_bar.flatten()))])

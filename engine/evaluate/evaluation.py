@@ -4,27 +4,24 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable, Iterable, Mapping, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps
-from torch import Tensor
+from PIL import Image
 
-from ..engine import Engine
-from ..loading import load
+from ..loading import checkpoint_of, model_digest
 from ..methods.concept import Concept
-from ..methods.ico import ICO
-from ..methods.infusion import Infusion
+from ..read_picture import read_picture
 from ..serve.bulk import Paint, Row, Status, make_row, run_bulk
 from .bootstrap import estimate
-from .divergence import fisher_divergence, noise_predictor
+from .divergence import Divergence
 from .dreambench import Subject, fill
 from .encoders import PictureEncoder, TextEncoder
 from .similarity import image_alignment, pairwise_distance, text_alignment
-from .wasserstein import wasserstein2_squared
+from .sums import Compute, Part, compute_here, distances, divide_pairs, read_latents
 
 _OTHER_SEED = 10**6  # first of the base's other pictures, which the Wasserstein distance is from
 _DIVERGENCE_PAIRS = 32
@@ -97,11 +94,11 @@ class Drawn:
 
     @property
     def images(self) -> list[Image.Image]:
-        return [Image.open(row.files(self.folder)[-1]).convert("RGB") for row in self.rows]
+        return [read_picture(row.files(self.folder)[-1]) for row in self.rows]
 
     @property
-    def latents(self) -> Tensor:
-        return torch.stack([torch.from_numpy(np.load(row.files(self.folder)[0])).float() for row in self.rows])
+    def latents(self) -> list[Path]:
+        return [row.files(self.folder)[0] for row in self.rows]
 
 
 def evaluate(
@@ -116,6 +113,7 @@ def evaluate(
     batch_size: int = 8,
     progress: Callable[[Iterable[Any], int], Iterable[Any]] = lambda batches, _n: batches,
     paint: Paint | None = None,
+    compute: Compute = compute_here,
 ) -> dict[str, Any]:
     """Draw and measure; a rerun draws what is missing.
 
@@ -128,6 +126,7 @@ def evaluate(
         dino: for DINO; None leaves it out.
         strengths: of Infusion, or of DCI's second branch where the protocol draws with it; one record each.
         batch_size, progress, paint: see ``serve.bulk.run_bulk``.
+        compute: takes the parts of which both distances are the sum, as ``ray_sums.compute`` does in actors.
 
     Returns:
         JSON-serialisable: settings, and a record per concept and strength.
@@ -135,17 +134,20 @@ def evaluate(
     Raises:
         ValueError: a picture could not be drawn; the message gives the first row and its error.
     """
-    plans = [_plan(one, protocol, strengths) for one in concepts]
+    model, take = model_digest(loading), lambda parts: compute(parts, loading)
+    plans = [_plan(one, protocol, strengths, model) for one in concepts]
     wanted = {row.key: row for plan in plans for rows in plan.values() for row in rows}
     folder = out / "pictures"
     found = run_bulk(list(wanted.values()), folder, loading, batch_size=batch_size, progress=progress, paint=paint)
     statuses = {status.key: status for status in found}
     _check(statuses, wanted)
-    sd, records = load(**loading), []
+    records = []
     for one, plan in zip(concepts, plans, strict=True):
         drawn = {kind: Drawn(rows, folder) for kind, rows in plan.items()}
-        divergence = _divergence(sd, one, drawn)
-        for strength in strengths:
+        divergence = _divergence(one, drawn["base"], take)
+        files = {kind: pictures.latents for kind, pictures in drawn.items()}
+        moved = distances(files, [("other", f"strength {strength:g}", "base") for strength in strengths], take)
+        for strength, distance in zip(strengths, moved, strict=True):
             measured = _measure(one, drawn, drawn[f"strength {strength:g}"], protocol, clip, dino)
             seconds = [statuses[row.key].seconds for row in plan[f"strength {strength:g}"]]
             records.append(
@@ -158,6 +160,7 @@ def evaluate(
                     "bytes": one.path.stat().st_size,
                     "seconds_per_picture": round(float(np.mean(seconds)), 4) if any(seconds) else None,
                     **measured,
+                    "wasserstein": distance,
                     "fisher": divergence,
                     "files": [row.files(folder)[-1].name for row in plan[f"strength {strength:g}"]],
                     "base_files": [row.files(folder)[-1].name for row in plan["base"]],
@@ -165,7 +168,7 @@ def evaluate(
                 }
             )
     settings = {
-        "model": sd.name,
+        "model": checkpoint_of(loading).name,
         "clip": clip.name,
         "dino": None if dino is None else dino.name,
         "prompts": protocol.n_prompts,
@@ -179,7 +182,7 @@ def _method(one: Subjected, protocol: Protocol) -> str:
     return "dci" if protocol.dci and one.concept.method == "ico" else one.concept.method
 
 
-def _plan(one: Subjected, protocol: Protocol, strengths: Sequence[float]) -> dict[str, list[Row]]:
+def _plan(one: Subjected, protocol: Protocol, strengths: Sequence[float], model: str) -> dict[str, list[Row]]:
     """The rows of the concept at each strength, of the base under the plain noun, and of the base with other seeds."""
     noun, prompts = one.concept.noun, one.subject.prompts[: protocol.n_prompts]
     if len(prompts) < protocol.n_prompts:
@@ -197,7 +200,8 @@ def _plan(one: Subjected, protocol: Protocol, strengths: Sequence[float]) -> dic
                     "latents": True,
                     **protocol.drawing,
                     **more,
-                }
+                },
+                model,
             )
             for prompt in prompts
             for i in range(protocol.n_images)
@@ -232,7 +236,7 @@ def _measure(
     images = custom.images
     groups = [i for i in range(protocol.n_prompts) for _ in range(protocol.n_images)]
     plain = [row.prompt for row in drawn["base"].rows]  # the placeholder is no word that CLIP knows
-    references = [ImageOps.exif_transpose(Image.open(path)).convert("RGB") for path in one.subject.pictures]
+    references = [read_picture(path) for path in one.subject.pictures]
     embedded, texts = clip.pictures(images), clip.texts(plain)
     values = {
         "clip_t": text_alignment(embedded, texts),
@@ -246,36 +250,22 @@ def _measure(
     if protocol.n_images > 1:
         for name, embeddings in (("diversity", embedded), ("base_diversity", base)):
             measured[name] = estimate(pairwise_distance(embeddings, groups)).record()
-    others = drawn["other"].latents
-    squared, floor = (wasserstein2_squared(others, one.latents) for one in (custom, drawn["base"]))
-    numbers = {"w2": squared**0.5, "w2_squared": squared, "floor_w2": floor**0.5, "floor_w2_squared": floor}
-    measured["wasserstein"] = {name: float(f"{value:.6g}") for name, value in numbers.items()} | {"n": len(images)}
     return measured
 
 
-def _divergence(sd: Engine, one: Subjected, drawn: Mapping[str, Drawn]) -> dict[str, Any]:
+def _divergence(one: Subjected, base: Drawn, take: Callable[[Sequence[Part]], list[Any]]) -> dict[str, Any]:
     """From the base, on its own pictures of the plain noun: what the concept does where nobody asked for it.
 
-    Infusion's is its customised pipeline's; its foundation's is zero by construction. ICO's tokens do nothing in a
-    prompt without them, its keys and values do.
+    Infusion's is its customised pipeline's; its foundation's is zero by construction.
     """
-    concept = one.concept
-    if concept.method == "infusion":
-        custom: Infusion | ICO | None = Infusion([concept])
-    else:
-        custom = ICO([replace(concept, tokens=None)]) if concept.changes else None
-    base = drawn["base"]
-    rows = np.linspace(0, len(base.rows) - 1, min(_DIVERGENCE_PAIRS, len(base.rows))).round().astype(int)
-    prompts = [base.rows[i].prompt for i in rows]
-    found = fisher_divergence(
-        sd, noise_predictor(sd), noise_predictor(sd, custom), base.latents[rows.tolist()], prompts
-    )
+    is_infusion = one.concept.method == "infusion"
+    chosen = np.linspace(0, len(base.rows) - 1, min(_DIVERGENCE_PAIRS, len(base.rows))).round().astype(int)
+    files = [base.latents[i] for i in chosen]
+    sums = torch.cat(take(divide_pairs(one.path, files, [base.rows[i].prompt for i in chosen])), dim=1)
     return {
-        "of": "customised pipeline" if concept.method == "infusion" else "keys and values",
-        "total": estimate(found.values).record(),
-        "mean": float(f"{found.mean:.6g}"),
-        "weighted": float(f"{found.weighted:.6g}"),
-        "foundation": 0.0 if concept.method == "infusion" else None,
+        "of": "customised pipeline" if is_infusion else "keys and values",
+        **Divergence.of(sums, read_latents(files[:1]).numel()).record(),
+        "foundation": 0.0 if is_infusion else None,
     }
 
 

@@ -10,6 +10,7 @@ from typing import Any
 from PIL import Image, ImageOps
 
 from ..observe.sheet import grid
+from ..read_picture import read_picture
 
 _STYLE = """
 body { font: 16px/1.5 system-ui, sans-serif; margin: 2rem auto; max-width: 76rem; padding: 0 1rem; color: #222 }
@@ -168,4 +169,4 @@ def _grid(record: Mapping[str, Any], out: Path, n_images: int) -> Image.Image:
 
 
 def _square(path: Path) -> Image.Image:
-    return ImageOps.fit(ImageOps.exif_transpose(Image.open(path)).convert("RGB"), (_SIDE_PX, _SIDE_PX))
+    return ImageOps.fit(read_picture(path), (_SIDE_PX, _SIDE_PX))

@@ -27,9 +27,27 @@ def wasserstein2_squared(one: Tensor, other: Tensor) -> float:
     if one.shape[1:] != other.shape[1:]:
         raise ValueError(f"samples must have one shape, got {tuple(one.shape[1:])} and {tuple(other.shape[1:])}")
     (mean, a), (other_mean, b) = _centred(one), _centred(other)
-    shared = torch.linalg.svdvals(_triangle(a) @ _triangle(b).T).sum()
-    squared = (mean - other_mean).square().sum() + a.square().sum() + b.square().sum() - 2 * shared
+    products = _triangle(a) @ _triangle(b).T
+    return from_moments((mean, other_mean), (float(a.square().sum()), float(b.square().sum())), products)
+
+
+def from_moments(means: tuple[Tensor, Tensor], traces: tuple[float, float], products: Tensor) -> float:
+    """The same of what is known of two sets of n and m samples.
+
+    Args:
+        means: (d,) of each.
+        traces: of each covariance.
+        products: (n, m) inner products of the centred samples of one with those of the other, over
+            ``sqrt((n - 1) (m - 1))``; any rotation of samples among themselves will do.
+    """
+    squared = (means[0] - means[1]).square().sum() + sum(traces) - 2 * torch.linalg.svdvals(products).sum()
     return max(0.0, float(squared))
+
+
+def distance_record(squared: float, floor: float, n: int) -> dict[str, float]:
+    """A squared distance, its floor and both roots, as JSON holds them, with how many samples they are of."""
+    numbers = {"w2": squared**0.5, "w2_squared": squared, "floor_w2": floor**0.5, "floor_w2_squared": floor}
+    return {name: float(f"{value:.6g}") for name, value in numbers.items()} | {"n": n}
 
 
 def _centred(samples: Tensor) -> tuple[Tensor, Tensor]:

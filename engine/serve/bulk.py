@@ -1,7 +1,8 @@
 """Bulk runs: a file of rows to a folder of pictures, in process or on Ray, resumable at every picture.
 
-A row is the arguments of one picture. Its key, the hash of what decides the picture, names its file, so that a rerun
-skips what is there, and a row that is drawn twice after a crash replaces its file by the same one.
+A row is the arguments of one picture. Its key, the hash of what decides the picture, the content of model and concepts
+included, names its file, so that a rerun skips what is there, and a row that is drawn twice after a crash replaces its
+file by the same one. A row's own id takes the key's place; its file then counts as drawn whatever else has changed.
 """
 
 from __future__ import annotations
@@ -64,7 +65,7 @@ class Row:
     latents: bool = False
 
     def files(self, folder: Path) -> list[Path]:
-        """What it leaves, the picture last: where that is there, all is."""
+        """What it leaves, the picture last."""
         return [*([folder / f"{self.key}.npy"] if self.latents else []), folder / f"{self.key}.png"]
 
 
@@ -86,8 +87,12 @@ class Status:
     seconds: float = 0.0
 
 
-def make_row(given: Mapping[str, Any]) -> Row:
+def make_row(given: Mapping[str, Any], model: str) -> Row:
     """A row from JSON: prompt and seed, keywords of ``generate`` and of ``methods.asked.Asked``, and perhaps an id.
+
+    Args:
+        given: the JSON object.
+        model: tells the model from others; see ``loading.model_digest``.
 
     Raises:
         ValueError: something is missing or unknown; the message names it.
@@ -106,16 +111,28 @@ def make_row(given: Mapping[str, Any]) -> Row:
             known = sorted({*_NAMES, *_OPTIONS, *(f.name for f in fields(Asked))})
             raise ValueError(f"a row has no {one!r}; it has {', '.join(known)}")
     check_integer("seed", values.get("seed"), 0)
-    decides = json.dumps([prompt, values, [getattr(asked, f.name) for f in fields(Asked)]], sort_keys=True, default=str)
+    options = [getattr(asked, f.name) for f in fields(Asked)]
+    decides = json.dumps([prompt, values, options, _contents(asked), model], sort_keys=True, default=str)
     key = name or hashlib.sha256(decides.encode()).hexdigest()[:20]
     return Row(key, prompt, values, asked, bool(latents))
+
+
+def _contents(asked: Asked) -> list[str]:
+    """The hash of each concept's file; "" for what cannot be read, which will be told when it is drawn."""
+    paths = [Path(name) for name in asked.concepts if isinstance(name, str)]
+    return [_file_hash(path, path.stat().st_mtime_ns) if path.is_file() else "" for path in paths]
+
+
+@lru_cache(maxsize=64)
+def _file_hash(path: Path, _changed_ns: int) -> str:
+    return _hash(path.read_bytes())
 
 
 _SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
 
 
-def read_rows(path: Path) -> tuple[list[Row], list[Status]]:
-    """The rows of a JSONL file, and the status of lines that are none.
+def read_rows(path: Path, model: str) -> tuple[list[Row], list[Status]]:
+    """The rows of a JSONL file, and the status of lines that are none; ``model`` as in ``make_row``.
 
     Raises:
         ValueError: the file cannot be read, or two rows have one key.
@@ -129,7 +146,7 @@ def read_rows(path: Path) -> tuple[list[Row], list[Status]]:
         if not line.strip():
             continue
         try:
-            row = make_row(json.loads(line))
+            row = make_row(json.loads(line), model)
         except ValueError as error:  # JSONDecodeError is one
             wrong.append(Status(f"line-{number}", "error", error=str(error)))
             continue
@@ -220,7 +237,7 @@ def run_bulk(
     """Draw rows into ``folder``, statuses as they come.
 
     Args:
-        rows: with keys of their own; those whose picture is there are not drawn again.
+        rows: with keys of their own; those whose files are there are not drawn again.
         folder: made if need be.
         loading: arguments of ``engine.load``.
         batch_size: rows at a time; those of like options share a batch of the UNet.
@@ -253,8 +270,8 @@ def write_status(folder: Path, statuses: Sequence[Status]) -> Path:
 
 def _there(row: Row, folder: Path) -> Status | None:
     """The status of a row that an earlier run drew, None where it is still to be drawn."""
-    picture = row.files(folder)[-1]
-    return Status(row.key, "there", _hash(picture.read_bytes())) if picture.exists() else None
+    files = row.files(folder)
+    return Status(row.key, "there", _hash(files[-1].read_bytes())) if all(map(Path.exists, files)) else None
 
 
 def _shared(row: Row) -> dict[str, Any]:

@@ -51,13 +51,7 @@ def paint(
     Raises:
         RuntimeError: Ray is not installed.
     """
-    try:
-        import ray
-        import ray.data
-    except ImportError as error:
-        raise RuntimeError("ray is not installed; pip install 'twinstream[ray]', or leave --ray out") from error
-    if not ray.is_initialized():
-        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    ray = start_ray(address)
     context = ray.data.DataContext.get_current()
     context.enable_progress_bars = False
     blobs = [{"batch": pickle.dumps(list(batch))} for batch in batches]
@@ -71,3 +65,19 @@ def paint(
     )
     for found in done.iter_batches(batch_size=None, batch_format="pandas"):
         yield [Status(*json.loads(line)) for line in found["statuses"]]
+
+
+def start_ray(address: str | None) -> Any:
+    """The module, connected to a cluster: the one of ``address``, or one that is started here.
+
+    Raises:
+        RuntimeError: Ray is not installed.
+    """
+    try:
+        import ray
+        import ray.data
+    except ImportError as error:
+        raise RuntimeError("ray is not installed; pip install 'twinstream[ray]', or leave --ray out") from error
+    if not ray.is_initialized():
+        ray.init(address=address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+    return ray

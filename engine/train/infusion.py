@@ -140,7 +140,6 @@ class InfusionObjective:
 
     def _predict(self, noisy: Tensor, timesteps: Tensor, prompts: Tensor) -> Tensor:
         """The customised pass's noise prediction, float32, under the foundation's maps on the same latents."""
-        n_rows, n_tokens = len(noisy), self.positions.shape[1]
         nobody = torch.empty(0, dtype=torch.int64, device=noisy.device)
         maps: list[tuple[Tensor, Tensor]] = []
         with autocast(self.sd):
@@ -151,17 +150,21 @@ class InfusionObjective:
                 watched = Following(self.positions[prompts], nobody, ())
                 keep = lambda layer, out, columns: maps.append((out, columns))  # noqa: E731
                 self.unet.denoise(noisy, Conditioning(Batch(text, watched), shifts, observe=keep))
-            projected = [
-                project_residual(attn2, self.parameters[name], self.options.space)
-                for name, attn2 in self.layers.items()
-            ]
             residuals = tuple(
-                residual.repeat(n_tokens, 1).expand(n_rows, -1, -1).to(out.dtype)
-                for residual, (out, _) in zip(projected, maps, strict=True)
+                residual.expand(len(noisy), -1, -1).to(out.dtype)
+                for residual, (out, _) in zip(self.projected(), maps, strict=True)
             )
-            everyone = torch.arange(n_rows, device=noisy.device)
+            everyone = torch.arange(len(noisy), device=noisy.device)
             following = Following(watched.tokens, everyone, residuals, tuple(maps))
             return self.unet.denoise(noisy, Conditioning(Batch((), following), shifts)).float()
+
+    def projected(self) -> list[Tensor]:
+        """Per cross-attention layer (T*H, C), what the customised tokens add to its output."""
+        n_tokens = self.positions.shape[1]
+        return [
+            project_residual(attn2, self.parameters[name], self.options.space).repeat(n_tokens, 1)
+            for name, attn2 in self.layers.items()
+        ]
 
     def concept(self, steps: int) -> Concept:
         """The concept as it is now, after ``steps`` steps."""

@@ -10,14 +10,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from PIL import Image, ImageOps, UnidentifiedImageError
+from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..engine import Engine
+from ..read_picture import read_picture
 from ..sampling.seeds import make_generator
 
 _SUFFIXES = (".jpg", ".jpeg", ".png", ".webp")
-_MAX_PIXELS = 64_000_000
 _FLIP_PROBABILITY = 0.5
 
 
@@ -48,7 +48,7 @@ class Pictures:
 
     def __init__(self, sd: Engine, images: Any, masks: Any, size: int) -> None:
         given = _list(images, "images")
-        squares = [_square(_open(picture, "RGB"), size) for picture in given]
+        squares = [_square(read_picture(picture), size) for picture in given]
         pixels = torch.from_numpy(np.stack(squares)).permute(0, 3, 1, 2).float() / 127.5 - 1
         self.n_pictures = len(squares)
         self.digest = _digest(pixels)
@@ -100,29 +100,6 @@ def _list(images: Any, name: str) -> list[Any]:
     return list(images)
 
 
-def _open(picture: Any, mode: str) -> Image.Image:
-    if isinstance(picture, Image.Image):
-        _check_size(picture, "a picture")
-        return ImageOps.exif_transpose(picture).convert(mode)
-    if isinstance(picture, np.ndarray):
-        if picture.dtype != np.uint8 or picture.ndim not in (2, 3):
-            raise ValueError(f"arrays must be uint8 (H, W, 3), got {picture.dtype} of shape {picture.shape}")
-        return Image.fromarray(picture).convert(mode)
-    if not isinstance(picture, str | Path):
-        raise ValueError(f"pictures must be files, PIL pictures or arrays, got {picture!r}")
-    try:
-        with Image.open(picture) as file:
-            _check_size(file, str(picture))
-            return ImageOps.exif_transpose(file).convert(mode)
-    except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
-        raise ValueError(f"{picture}: cannot be read as a picture: {error}") from error
-
-
-def _check_size(picture: Image.Image, name: str) -> None:
-    if picture.width * picture.height > _MAX_PIXELS:
-        raise ValueError(f"{name} must have at most {_MAX_PIXELS} pixels, got {picture.width}x{picture.height}")
-
-
 def _square(picture: Image.Image, size: int) -> np.ndarray:
     return np.asarray(ImageOps.fit(picture, (size, size), Image.Resampling.LANCZOS))
 
@@ -138,7 +115,7 @@ def _weights(given: Sequence[Any], masks: Any, size: int, factor: int) -> Tensor
     masks = _list(masks, "masks")
     if len(masks) != len(given):
         raise ValueError(f"masks must be one per picture ({len(given)}), got {len(masks)}")
-    pixels = torch.from_numpy(np.stack([_square(_open(mask, "L"), size) for mask in masks]))
+    pixels = torch.from_numpy(np.stack([_square(read_picture(mask, "L"), size) for mask in masks]))
     weights = torch.nn.functional.avg_pool2d(pixels[:, None].float() / 255, factor)
     for mask, weight in zip(masks, weights, strict=True):
         if not weight.any():

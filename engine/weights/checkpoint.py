@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import re
 from collections.abc import Mapping, Sequence
@@ -38,6 +39,16 @@ class Checkpoint:
     vae: WeightSource
     text: WeightSource
     tokenizer: Path
+
+    def digest(self) -> str:
+        """SHA-256 of configurations and of the content of weights and tokenizer, wherever the files lie."""
+        configs = (self.unet_config, self.vae_config, sorted(self.text_config.items()), self.schedule)
+        found = hashlib.sha256(repr(configs).encode())
+        weights = dict.fromkeys(file.path for part in (self.unet, self.vae, self.text) for file in part.files)
+        for path in (*weights, *sorted(path for path in self.tokenizer.iterdir() if path.is_file())):
+            with path.open("rb") as file:
+                found.update(hashlib.file_digest(file, "sha256").digest())
+        return found.hexdigest()
 
 
 def open_checkpoint(model: str | Path | None, config: str | Path | None, prefer_fp16: bool) -> Checkpoint:

@@ -17,7 +17,8 @@ from engine.train.loop import run
 
 
 def test_the_page_is_current() -> None:
-    assert study_page.PAGE.read_text() == study_page.page(study_page.newest()), "run python -m benchmarks.study_page"
+    results = [study_page.newest(kind) for kind in ("study", "layout", "sweeps")]
+    assert study_page.PAGE.read_text() == study_page.page(*results), "run python -m benchmarks.study_page"
 
 
 def test_prompts_have_a_place_for_the_concept() -> None:
@@ -35,7 +36,7 @@ def test_rates_are_those_with_the_best_product() -> None:
 
     tuning = [record("ico", 1.0, 0.9, 0.1), record("ico", 2.0, 0.5, 0.5), record("lora", 3.0, 0.2, 0.2)]
     assert chosen_rates(tuning) == {"ico": 2.0, "dci": 2.0, "lora": 3.0}
-    assert {task.method for task in tuning_tasks(["dci", "dreambooth:prior"])} == {"ico", "dreambooth"}
+    assert {task.method for task in tuning_tasks(["dci", "dreambooth:prior"], "small")} == {"ico", "dreambooth"}
 
 
 def test_a_look_is_a_concepts_where_all_three_are() -> None:
@@ -90,10 +91,15 @@ def test_a_study_goes_on_from_an_earlier_one(tmp_path: Path, monkeypatch: pytest
         return [{"trained_as": task.method, "concept_name": task.concept, "steps": 0} for task in tasks]
 
     monkeypatch.setattr(study, "run_all", run_all)
-    monkeypatch.setattr(study, "look_judge", lambda _folder: Look)
+    for judge in study.JUDGES:
+        monkeypatch.setitem(study.JUDGES, judge, lambda _folder: Look)
     monkeypatch.setattr(Look, "accuracy", {}, raising=False)
     before, out = study_page.newest(), tmp_path / "study.json"
-    study.main(["--concepts", "star-car", "--methods", "ico", "--add-to", str(before), "--result", str(out)])
+    asking = ["--concepts", "star-car", "--methods", "ico", "--add-to", str(before), "--result", str(out)]
+    study.main(asking)
+    assert {task.judge for task in asked} == {"whole"}
+    with pytest.raises(ValueError, match="'whole', got 'small'"):
+        study.main([*asking, "--judge", "small"])
     earlier, made = json.loads(before.read_text()), json.loads(out.read_text())
     assert [(task.method, task.concept) for task in asked] == [("base", "star-car"), ("ico", "star-car")]
     assert asked[1].rate == earlier["settings"]["rates"]["ico"]

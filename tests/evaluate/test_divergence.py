@@ -8,7 +8,7 @@ import torch
 from torch import Tensor
 
 import engine
-from engine.evaluate.divergence import fisher_divergence, noise_predictor
+from engine.evaluate.divergence import Divergence, fisher_divergence, noise_predictor
 from engine.methods.concept import Change
 from engine.methods.infusion import residual_widths
 from engine.sampling.schedule import alphas_cumprod
@@ -112,3 +112,8 @@ def test_what_is_no_model_is_refused(sd: engine.Engine, latents: Tensor) -> None
         noise_predictor(sd, engine.DCI("cat"))  # type: ignore[arg-type]
     with pytest.raises(ValueError, match="one per latent"):
         fisher_divergence(sd, _nothing, _nothing, latents, PROMPTS[:2])
+
+
+def test_a_record_has_an_interval_over_pairs() -> None:
+    record = Divergence(2.0, 0.123456789, 8.0, (1.0, 3.0)).record()
+    assert record == {"total": {"mean": 2.0, "interval": [1.0, 3.0], "n": 2}, "mean": 0.123457, "weighted": 8.0}

@@ -12,11 +12,13 @@ from PIL import Image
 
 import engine
 from engine.cli import main
+from engine.evaluate import evaluation, ray_sums, report
 from engine.evaluate.dreambench import fill, read_dataset
 from engine.evaluate.encoders import CLIP, DINO, Tinyworld
 from engine.evaluate.evaluation import PROTOCOLS, match
 from engine.methods.concept import Change
 from engine.methods.infusion import residual_widths
+from engine.serve import ray_bulk
 
 _TEXT = """Classes
 
@@ -125,6 +127,21 @@ def test_infusion_from_files_to_a_page(
     assert len(drawn) == 4 * 4
     assert _run(small_folder, dataset, concepts[0], tmp_path, *options) == 0
     assert {path.stat().st_mtime_ns for path in (tmp_path / "pictures").glob("*.png")} == drawn
+
+
+def test_on_ray_actors_draw_and_take_the_sums(
+    small_folder: Path, dataset: Path, concepts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    seen = {}
+    monkeypatch.setattr(evaluation, "evaluate", lambda *_, **more: seen.update(more) or {})
+    monkeypatch.setattr(evaluation, "write_record", lambda *_: tmp_path)
+    monkeypatch.setattr(report, "write_report", lambda *_: tmp_path)
+    assert _run(small_folder, dataset, concepts[0], tmp_path, "--ray", "--actors", "3", "--actor-threads", "2") == 0
+    for name, function in (("paint", ray_bulk.paint), ("compute", ray_sums.compute)):
+        assert seen[name].func is function
+        assert seen[name].keywords == {"actors": 3, "threads": 2}
+    assert _run(small_folder, dataset, concepts[0], tmp_path) == 0
+    assert seen["paint"] is None
 
 
 def test_prompts_name_the_concept_and_measures_leave_its_name_out(

@@ -4,7 +4,7 @@ import pytest
 import torch
 from scipy.linalg import sqrtm
 
-from engine.evaluate.wasserstein import wasserstein2_squared
+from engine.evaluate.wasserstein import distance_record, wasserstein2_squared
 
 
 def _by_matrix_root(one: torch.Tensor, other: torch.Tensor) -> float:
@@ -41,3 +41,8 @@ def test_what_cannot_be_measured_is_refused() -> None:
         wasserstein2_squared(torch.zeros(2, 3), torch.zeros(2, 4))
     with pytest.raises(ValueError, match="other must be finite"):
         wasserstein2_squared(torch.zeros(2, 3), torch.full((2, 3), float("nan")))
+
+
+def test_a_record_has_both_powers() -> None:
+    found = distance_record(9.0, 4.0, 6)
+    assert found == {"w2": 3.0, "w2_squared": 9.0, "floor_w2": 2.0, "floor_w2_squared": 4.0, "n": 6}

@@ -1,6 +1,7 @@
 """Bulk runs: resumable, whole or not there, and a bad row costs the others nothing."""
 
 import json
+import shutil
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -10,12 +11,17 @@ from PIL import Image
 
 import engine
 from engine.cli import main
+from engine.loading import model_digest
 from engine.methods.asked import Asked
 from engine.serve import bulk
-from engine.serve.bulk import Painter, Status, make_row, read_rows, run_bulk
+from engine.serve.bulk import Painter, Row, Status, read_rows, run_bulk
 
 QUICK = {"steps": 2, "guidance_scale": 2.0}
 STRIPED = str(Path(engine.__file__).parent / "assets" / "concepts" / "striped-cat.safetensors")
+
+
+def make_row(given: object) -> Row:
+    return bulk.make_row(given, "a model")  # type: ignore[arg-type]
 
 
 def _rows(n: int, **more: object) -> list[bulk.Row]:
@@ -117,6 +123,42 @@ def test_keys_follow_from_what_decides_the_picture() -> None:
     assert make_row({"prompt": "a", "seed": 1, "dci": "cat"}).asked == Asked(dci="cat")
 
 
+def test_keys_follow_from_content_that_a_row_names(tmp_path: Path) -> None:
+    concept, given = tmp_path / "cat.safetensors", {"prompt": "a cat", "seed": 1}
+    concept.write_bytes(Path(STRIPED).read_bytes())
+    asked = given | {"concepts": [str(concept)]}
+    before = make_row(asked).key
+    assert make_row(asked).key == before
+    engine.Concept.load(STRIPED).save(concept, dtype="int8")
+    assert make_row(asked).key != before
+    assert bulk.make_row(given, "another model").key != make_row(given).key
+
+
+def test_a_model_is_told_by_its_content_and_dtype(small_folder: Path, tmp_path: Path) -> None:
+    there, edited = tmp_path / "there", tmp_path / "edited"
+    shutil.copytree(small_folder, there)
+    shutil.copytree(small_folder, edited)
+    weights = edited / "unet" / "diffusion_pytorch_model.safetensors"
+    changed = bytearray(weights.read_bytes())
+    changed[-1] ^= 1
+    weights.write_bytes(changed)
+    digest = model_digest({"model": small_folder})
+    assert model_digest({"model": there, "backend": "torch"}) == digest
+    assert model_digest({"model": edited}) != digest
+    assert model_digest({"model": there, "dtype": "bfloat16"}) != digest
+    vocabulary = there / "tokenizer" / "tokenizer.json"
+    vocabulary.write_text(vocabulary.read_text() + "\n")
+    assert model_digest({"model": there}) != digest
+
+
+def test_a_picture_without_the_latents_that_are_asked_for_is_not_there(tmp_path: Path) -> None:
+    (plain,) = list(run_bulk(_rows(1), tmp_path, {}))
+    (row,) = _rows(1, latents=True)
+    (status,) = list(run_bulk([row], tmp_path, {}))
+    assert (plain.status, status.status, status.key) == ("drawn", "drawn", plain.key)
+    assert all(path.exists() for path in row.files(tmp_path))
+
+
 @pytest.mark.parametrize(
     ("row", "words"),
     [
@@ -131,17 +173,17 @@ def test_keys_follow_from_what_decides_the_picture() -> None:
 )
 def test_what_is_no_row_is_refused(row: object, words: str) -> None:
     with pytest.raises(ValueError, match=words):
-        make_row(row)  # type: ignore[arg-type]
+        make_row(row)
 
 
 def test_lines_that_are_no_rows_are_told_by_number(tmp_path: Path) -> None:
-    rows, wrong = read_rows(_write(tmp_path / "rows", [{"prompt": "a", "seed": 1}, "", "{", {"prompt": 3}]))
+    rows, wrong = read_rows(_write(tmp_path / "rows", [{"prompt": "a", "seed": 1}, "", "{", {"prompt": 3}]), "a model")
     assert [row.prompt for row in rows] == ["a"]
     assert [(one.key, one.status) for one in wrong] == [("line-3", "error"), ("line-4", "error")]
     with pytest.raises(ValueError, match=r"line 2.*twice"):
-        read_rows(_write(tmp_path / "twice", [{"prompt": "a", "seed": 1}] * 2))
+        read_rows(_write(tmp_path / "twice", [{"prompt": "a", "seed": 1}] * 2), "a model")
     with pytest.raises(ValueError, match="nowhere"):
-        read_rows(tmp_path / "nowhere")
+        read_rows(tmp_path / "nowhere", "a model")
 
 
 def test_command_writes_pictures_and_statuses(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
