@@ -17,7 +17,7 @@ from tests.loras import write_kohya
 
 _ROOT = Path(__file__).parent.parent
 _PAGES = sorted([*_ROOT.glob("*.md"), *(_ROOT / "docs").glob("*.md")])
-_RUN = (_ROOT / "README.md", _ROOT / "docs" / "guide.md")
+_RUN = (_ROOT / "README.md", _ROOT / "docs" / "guide.md", _ROOT / "docs" / "serving.md")
 _FENCE = re.compile(r"^```(\w+)\n(.*?)^```$", re.DOTALL | re.MULTILINE)
 _LINK = re.compile(r"!?\[[^\]\n]*\]\(([^)\s]+)\)")
 _NOT_RUN = "# not run: "

@@ -1,0 +1,192 @@
+"""Many Engines behind one queue: what dies is drawn elsewhere, what is refused is told, nothing is there twice."""
+
+import os
+import signal
+import threading
+import time
+from collections.abc import Callable, Iterator
+from concurrent.futures import CancelledError, wait
+from typing import Any
+
+import psutil
+import pytest
+import ray
+import torch
+from ray.exceptions import RayActorError, RayTaskError
+
+import engine
+from engine.errors import QueueFullError, SchedulerClosedError
+from engine.serve.fleet import Fleet, FleetOptions
+
+PROMPT, QUICK = "a photo of a cat", {"steps": 2}
+Draw = Callable[[str, str, dict[str, Any]], Iterator[Any]]
+
+
+class _Answers:
+    """As Ray's generator of answers."""
+
+    def __init__(self, answers: Iterator[Any]) -> None:
+        self.answers, self.was_cancelled = answers, False
+
+    def __iter__(self) -> Iterator[Any]:
+        return self.answers
+
+    def cancel(self) -> None:
+        self.was_cancelled = True
+
+
+@pytest.fixture
+def make_fleet(small: engine.Engine, monkeypatch: pytest.MonkeyPatch) -> Iterator[Callable[..., Fleet]]:
+    """A fleet whose one replica is a function, without Ray's machinery."""
+    made: list[Fleet] = []
+
+    def make(draw: Draw, **options: Any) -> Fleet:
+        class Handle:
+            def options(self, stream: bool) -> Any:
+                assert stream
+                return self
+
+            @property
+            def draw(self) -> Any:
+                return self
+
+            def remote(self, *given: Any) -> _Answers:
+                return _Answers(draw(*given))
+
+        def change_model(fleet: Fleet, _loading: Any) -> None:
+            fleet._handle = Handle()  # type: ignore[assignment]
+
+        monkeypatch.setattr(ray, "is_initialized", lambda: True)
+        monkeypatch.setattr(Fleet, "change_model", change_model)
+        monkeypatch.setattr(time, "sleep", lambda _: None)
+        fleet = Fleet(small, {}, FleetOptions(), **options)
+        fleet._serve = type("Serve", (), {"delete": lambda _self, _name: None})()
+        made.append(fleet)
+        return fleet
+
+    yield make
+    for fleet in made:
+        fleet.close(cancel=True)
+
+
+def _drawing(sd: engine.Engine) -> Draw:
+    def draw(prompt: str, _client: str, options: dict[str, Any]) -> Iterator[Any]:
+        out = sd.generate(prompt, **options)
+        yield from ((i, 2, torch.zeros(1, 4, 2, 2)) for i in range(2))
+        yield out
+
+    return draw
+
+
+def test_what_dies_is_drawn_again_as_it_would_have_been(small: engine.Engine, make_fleet: Callable[..., Fleet]) -> None:
+    tries: list[list[int]] = []
+
+    def dies_twice(prompt: str, client: str, options: dict[str, Any]) -> Iterator[Any]:
+        tries.append(options["seed"])
+        if len(tries) < 3:
+            yield 0, 2, torch.zeros(1, 4, 2, 2)
+            raise RayActorError
+        yield from _drawing(small)(prompt, client, options)
+
+    steps: list[int] = []
+    fleet = make_fleet(dies_twice)
+    job = fleet.submit(PROMPT, callback=lambda step, *_: steps.append(step), **QUICK)
+    out = job.result(60)
+    assert len(tries) == 3
+    assert tries[0] == tries[1] == tries[2] == out.seeds, "the seed is drawn once, by the fleet"
+    assert steps == [0, 0, 0, 1]
+    assert fleet.counts == {"done": 1}
+
+
+def test_only_so_many_replicas_are_tried(make_fleet: Callable[..., Fleet]) -> None:
+    tries: list[int] = []
+
+    def dies(*_: Any) -> Iterator[Any]:
+        tries.append(1)
+        raise RayActorError
+        yield
+
+    fleet = make_fleet(dies)
+    with pytest.raises(RayActorError):
+        fleet.submit(PROMPT, **QUICK).result(60)
+    assert len(tries) == 5
+    assert fleet.counts == {"failed": 1}
+
+
+def test_errors_of_the_replica_are_the_callers_own(make_fleet: Callable[..., Fleet]) -> None:
+    def fails(*_: Any) -> Iterator[Any]:
+        raise RayTaskError("draw", "", ValueError("noun 'dog' is not in the prompt"))
+        yield
+
+    fleet = make_fleet(fails)
+    with pytest.raises(ValueError, match="noun 'dog'"):
+        fleet.submit(PROMPT, **QUICK).result(60)
+    with pytest.raises(ValueError, match="steps must be an integer >= 1, got 0"):
+        fleet.submit(PROMPT, steps=0)
+    with pytest.raises(ValueError, match="deadline is not known"):
+        fleet.submit(PROMPT, deadline=3.0)
+    assert fleet.waiting == fleet.drawing == 0
+
+
+def test_cancelling_positions_full_queues_and_closing(small: engine.Engine, make_fleet: Callable[..., Fleet]) -> None:
+    gate = threading.Event()
+
+    def held(prompt: str, client: str, options: dict[str, Any]) -> Iterator[Any]:
+        assert gate.wait(30)
+        yield from _drawing(small)(prompt, client, options)
+
+    fleet = make_fleet(held, max_waiting=2)
+    jobs = [fleet.submit(PROMPT, seed=i, **QUICK) for i in range(2)]
+    assert [job.position for job in jobs] == [1, 2]
+    with pytest.raises(QueueFullError, match="at most 2 requests may wait"):
+        fleet.submit(PROMPT, **QUICK)
+    assert jobs[0].cancel()
+    assert [job.position for job in jobs] == [None, 1]
+    gate.set()
+    assert jobs[1].result(60).images
+    with pytest.raises(CancelledError):
+        jobs[0].result(60)
+    fleet.close()
+    assert fleet.counts == {"refused": 1, "cancelled": 1, "done": 1}
+    with pytest.raises(SchedulerClosedError):
+        fleet.submit(PROMPT, **QUICK)
+
+
+@pytest.mark.parametrize("options", [{"replicas": 0}, {"ongoing": 0}, {"replicas": 3, "most_replicas": 2}])
+def test_bad_options_are_refused(options: dict[str, int]) -> None:
+    with pytest.raises(ValueError, match="must be an integer"):
+        FleetOptions(**options)
+
+
+@pytest.mark.slow
+def test_a_killed_replica_costs_no_request() -> None:
+    """On Ray Serve itself, under load; then another model takes over while requests go on."""
+    sd = engine.load()
+    fleet = Fleet(sd, {}, FleetOptions(replicas=2, max_rows=8))
+    jobs = [fleet.submit(f"a photo of a cat {i}", seed=i, steps=20) for i in range(12)]
+    while not any(job.running() for job in jobs):
+        time.sleep(0.1)
+    replicas = [
+        one for one in psutil.process_iter(["cmdline"]) if "ServeReplica" in " ".join(one.info["cmdline"] or [])
+    ]
+    os.kill(replicas[0].pid, signal.SIGKILL)
+    wait(jobs, timeout=300)
+    assert [job.result(0).seeds for job in jobs] == [[i] for i in range(12)]
+    assert fleet.counts["done"] == 12
+
+    stop, asked = threading.Event(), list[Any]()
+
+    def keep_asking() -> None:
+        while not stop.is_set():
+            asked.append(fleet.submit(PROMPT, seed=0, steps=4))
+            asked[-1].result(300)
+
+    thread = threading.Thread(target=keep_asking)
+    thread.start()
+    fleet.change_model({"dtype": "bfloat16"})
+    stop.set()
+    thread.join()
+    assert asked
+    assert fleet.submit(PROMPT, seed=0, steps=4).result(300).settings["dtype"] == "bfloat16"
+    fleet.close()
+    ray.shutdown()
