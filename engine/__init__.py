@@ -17,6 +17,7 @@ if TYPE_CHECKING:
         NonFiniteError,
         OutOfMemoryError,
         QueueFullError,
+        SchedulerClosedError,
         UnknownArgumentError,
     )
     from .loading import generate, load
@@ -48,6 +49,7 @@ _HOMES = {
     "QueueFullError": "errors",
     "Result": "result",
     "Scheduler": "serve.scheduler",
+    "SchedulerClosedError": "errors",
     "UnknownArgumentError": "errors",
     "generate": "loading",
     "import_custom_diffusion": "methods.foreign",
@@ -73,6 +75,7 @@ __all__ = [
     "QueueFullError",
     "Result",
     "Scheduler",
+    "SchedulerClosedError",
     "UnknownArgumentError",
     "__version__",
     "generate",

@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checks import check_choice, check_integer
-from .cli_runs import add_batch, add_evaluate, add_toy, loading_arguments
+from .cli_runs import add_batch, add_evaluate, add_serve, add_toy, loading_arguments
 from .loading import BACKENDS
 from .methods.asked import Asked
 from .options import on_command_line
@@ -90,6 +90,7 @@ def _parser() -> argparse.ArgumentParser:
     add_batch(commands.add_parser("batch", parents=[model], help="draw a file of requests into a folder, resumably"))
 
     add_evaluate(commands.add_parser("evaluate", parents=[model], help="measure concepts on a data set's prompts"))
+    add_serve(commands.add_parser("serve", parents=[model], help="answer OpenAI, A1111 and own clients over HTTP"))
     add_toy(commands.add_parser("toy", help="the paper's two studies of overfitting, in two dimensions"))
 
     info = commands.add_parser("info", parents=[model], help="show device, versions and what each op runs on")

@@ -53,6 +53,37 @@ def add_evaluate(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_evaluate)
 
 
+def add_serve(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--host", default="127.0.0.1", help="others than 127.0.0.1 need a token")
+    parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
+    parser.add_argument("--token-file", type=Path, metavar="FILE", help="with bearer tokens; or TWINSTREAM_TOKEN")
+    parser.add_argument("--concepts", type=Path, metavar="FOLDER", help="where concepts that clients put are kept")
+    parser.add_argument("--max-rows", type=int, metavar="N", help="of a UNet batch (default: profiled)")
+    parser.add_argument("--max-waiting", type=int, default=64, metavar="N", help="requests (default: 64)")
+    parser.add_argument("--log-prompts", action="store_true", help="write what is asked for into the log")
+    parser.add_argument(
+        "--grace-seconds", type=float, default=30.0, help="for what runs when it is told to stop (default: 30)"
+    )
+    parser.set_defaults(run=_serve)
+
+
+def _serve(arguments: argparse.Namespace) -> int:
+    try:
+        from .serve.http.run import ServeOptions, read_tokens, serve
+    except ImportError as error:
+        raise RuntimeError(f"{error.name} is not installed; pip install 'twinstream[serve]'") from error
+
+    from .loading import load
+
+    names = ("host", "port", "concepts", "max_rows", "max_waiting", "log_prompts", "grace_seconds")
+    options = ServeOptions(**{name: getattr(arguments, name) for name in names})
+    tokens = read_tokens(arguments.token_file)
+    sd = load(**loading_arguments(arguments))
+    print(f"http://{options.host}:{options.port}", flush=True)
+    serve(sd, options, tokens)
+    return 0
+
+
 def add_toy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", help="agnostic: of four concepts one is tuned; specific: of 25 modes of one, five are")
     parser.add_argument("--steps", type=int, default=3000, help="of the base's training (default: 3000)")

@@ -33,5 +33,9 @@ class QueueFullError(RuntimeError):
         self.retry_after = retry_after
 
 
+class SchedulerClosedError(RuntimeError):
+    """A scheduler takes no more requests."""
+
+
 class DeadlineError(RuntimeError):
     """A request cannot be done by its deadline; the message says when it could."""

@@ -16,7 +16,7 @@ from .observe.masks import BranchMasks
 from .observe.word_maps import AttentionMaps
 from .version import __version__
 
-_A1111_SAMPLERS = {
+A1111_SAMPLERS = {
     "ddim": "DDIM",
     "pndm": "PLMS",
     "heun": "Heun",
@@ -33,7 +33,7 @@ _A1111_SAMPLERS = {
     "lcm": "LCM",
     "tcd": "TCD",
 }
-_A1111_SCHEDULES = {
+A1111_SCHEDULES = {
     "karras": "Karras",
     "exponential": "Exponential",
     "beta": "Beta",
@@ -85,8 +85,8 @@ class Result:
             lines.append(f"Negative prompt: {settings['negative_prompt']}")
         values = {
             "Steps": settings["steps"],
-            "Sampler": _A1111_SAMPLERS[settings["sampler"]],
-            **({"Schedule type": _A1111_SCHEDULES[settings["schedule"]]} if settings["schedule"] else {}),
+            "Sampler": A1111_SAMPLERS[settings["sampler"]],
+            **({"Schedule type": A1111_SCHEDULES[settings["schedule"]]} if settings["schedule"] else {}),
             "CFG scale": f"{settings['guidance_scale']:g}",
             "Seed": settings["seed"],
             "Size": f"{settings['width']}x{settings['height']}",

@@ -9,7 +9,7 @@ import pytest
 from PIL import Image
 
 import engine
-from engine.result import _A1111_SAMPLERS, _A1111_SCHEDULES
+from engine.result import A1111_SAMPLERS, A1111_SCHEDULES
 from engine.sampling.schedule import SCHEDULES
 
 
@@ -82,9 +82,9 @@ def test_every_sampler_and_schedule_has_a1111s_name(small: engine.Engine) -> Non
     out = small.generate("a cat", steps=2, seed=0, sampler="dpm2", schedule="karras", progress=False)
     assert "Steps: 2, Sampler: DPM2, Schedule type: Karras, CFG scale: 8, " in out.parameters(0)
     for sampler in engine.SAMPLERS:
-        assert f"Sampler: {_A1111_SAMPLERS[sampler]}, " in _with(out, sampler=sampler).parameters(0)
+        assert f"Sampler: {A1111_SAMPLERS[sampler]}, " in _with(out, sampler=sampler).parameters(0)
     for schedule in SCHEDULES:
-        assert f"Schedule type: {_A1111_SCHEDULES[schedule]}, " in _with(out, schedule=schedule).parameters(0)
+        assert f"Schedule type: {A1111_SCHEDULES[schedule]}, " in _with(out, schedule=schedule).parameters(0)
 
 
 def _with(out: engine.Result, **settings: str) -> engine.Result:

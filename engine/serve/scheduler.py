@@ -21,7 +21,7 @@ from tqdm import tqdm
 
 from ..checks import check_integer, check_number
 from ..engine import Engine
-from ..errors import DeadlineError, QueueFullError
+from ..errors import DeadlineError, QueueFullError, SchedulerClosedError
 from ..methods.concept_cache import Texts
 from ..observe.progress import StageClock, Steps
 from ..options import make_options, takes
@@ -56,6 +56,7 @@ class Scheduler:
         self.sd = sd
         self.max_waiting = check_integer("max_waiting", max_waiting, 1)
         self.counts: Counter[str] = Counter()  # "done", "failed", "cancelled", "refused"; "steps" and their "rows"
+        self.step_seconds = 0.0
         self._changed = threading.Condition()
         self._jobs: list[Job] = []  # that wait for steps, in the order in which they came
         self._decoding = 0
@@ -88,7 +89,7 @@ class Scheduler:
             ValueError: an argument cannot be honoured, or a customised noun has no place in its prompt.
             QueueFullError: as many requests wait as may; it says when to try again.
             DeadlineError: the pictures could not be there in time.
-            RuntimeError: the scheduler has been closed.
+            SchedulerClosedError: the scheduler has been closed.
         """
         arrived = time.monotonic()
         if not isinstance(client, str):
@@ -138,6 +139,11 @@ class Scheduler:
             return sum(not one.has_begun for one in self._jobs)
 
     @property
+    def is_open(self) -> bool:
+        """Whether it takes requests."""
+        return not self._closing
+
+    @property
     def drawing(self) -> int:
         """How many requests are being drawn or decoded."""
         with self._changed:
@@ -168,7 +174,7 @@ class Scheduler:
     def _check_open(self) -> None:
         """Refuse where a request cannot be taken."""
         if self._closing:
-            raise RuntimeError("the scheduler has been closed: make another, or submit before it is")
+            raise SchedulerClosedError("the scheduler has been closed: make another, or submit before it is")
         if sum(not one.has_begun for one in self._jobs) >= self.max_waiting:
             self.counts["refused"] += 1
             rule = f"at most {self.max_waiting} requests may wait for their first step"
@@ -279,7 +285,9 @@ class Scheduler:
             for job in jobs:  # whichever it is fails alone
                 self._step([job])
             return
-        self._pace(jobs[0]).observe(rows, time.perf_counter() - start)
+        seconds = time.perf_counter() - start
+        self._pace(jobs[0]).observe(rows, seconds)
+        self.step_seconds += seconds
         self.counts["steps"] += 1
         self.counts["rows"] += rows
         for job in jobs:

@@ -1,0 +1,222 @@
+"""A1111's ``/sdapi/v1``, as far as its clients need it to draw.
+
+A field that would change the picture in a way this engine does not know is refused by name, unless its value asks for
+nothing.
+"""
+
+from __future__ import annotations
+
+import asyncio
+import json
+from typing import Any
+
+from fastapi import APIRouter, Request
+from pydantic import BaseModel, ConfigDict, Field
+
+from ...result import A1111_SAMPLERS
+from .book import base64_of
+from .errors import ERRORS
+from .own import preview_of
+from .service import Service
+
+# fields that this engine does not honour, and the values of each that ask for nothing
+_NEUTRAL: dict[str, tuple[Any, ...]] = {
+    "enable_hr": (False,),
+    "restore_faces": (False, None),
+    "tiling": (False, None),
+    "styles": ([], None),
+    "subseed_strength": (0, None),
+    "seed_resize_from_h": (0, -1, None),
+    "seed_resize_from_w": (0, -1, None),
+    "script_name": ("", None),
+    "refiner_checkpoint": ("", "None", None),
+    "s_churn": (0, None),
+    "s_tmin": (0, None),
+    "s_noise": (1, None),
+    "resize_mode": (0, None),
+    "initial_noise_multiplier": (1, None),
+    "mask": ("", None),
+    "image_cfg_scale": (1.5, 1, 0, None),
+}
+# what matters only together with one of those, or to the server's own files
+_MOOT = frozenset((
+    "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name",
+    "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt", "hr_cfg", "hr_additional_modules",
+    "firstphase_width", "firstphase_height", "subseed", "s_tmax", "s_min_uncond", "script_args", "refiner_switch_at",
+    "do_not_save_samples", "do_not_save_grid", "save_images", "send_images", "override_settings_restore_afterwards",
+    "mask_blur", "mask_blur_x", "mask_blur_y", "mask_round", "inpainting_fill", "inpaint_full_res",
+    "inpaint_full_res_padding", "inpainting_mask_invert", "include_init_images", "disable_extra_networks",
+    "latent_mask", "firstpass_image", "comments", "infotext", "force_task_id", "distilled_cfg_scale",
+))  # fmt: skip
+_SCHEDULES = ("automatic", "Automatic", "", None)
+_SAMPLERS = {name.lower(): ours for ours, name in A1111_SAMPLERS.items()} | {ours: ours for ours in A1111_SAMPLERS}
+
+
+class Txt2Img(BaseModel):
+    model_config = ConfigDict(extra="allow", allow_inf_nan=False)
+
+    prompt: str = ""
+    negative_prompt: str | None = ""
+    seed: int | None = -1
+    steps: int | None = 20
+    cfg_scale: float | None = 7.0
+    width: int | None = None
+    height: int | None = None
+    sampler_name: str | None = None
+    sampler_index: str | None = None
+    scheduler: str | None = None
+    batch_size: int | None = Field(1, ge=1)
+    n_iter: int | None = Field(1, ge=1)
+    eta: float | None = None
+    denoising_strength: float | None = None
+    override_settings: dict[str, Any] | None = None
+    alwayson_scripts: dict[str, Any] | None = None
+
+
+class Img2Img(Txt2Img):
+    init_images: list[str] = Field(min_length=1, max_length=1)
+
+
+class NewOptions(BaseModel):
+    model_config = ConfigDict(extra="allow")
+
+
+def make_router(service: Service) -> APIRouter:
+    router = APIRouter(prefix="/sdapi/v1", responses=ERRORS)
+
+    async def draw(body: Txt2Img, request: Request) -> dict[str, Any]:
+        image = body.init_images[0] if isinstance(body, Img2Img) else None
+        entry = await service.start(body.prompt, _options(service, body), client=request.state.client, image=image)
+        out = await service.result(request, entry)
+        pictures = await asyncio.to_thread(lambda: [base64_of(entry.picture(i)) for i in range(len(out.images))])
+        info = {
+            "prompt": body.prompt,
+            "negative_prompt": body.negative_prompt or "",
+            "seed": out.seeds[0],
+            "all_seeds": out.seeds,
+            "width": out.settings["width"],
+            "height": out.settings["height"],
+            "steps": out.settings["steps"],
+            "cfg_scale": out.settings["guidance_scale"],
+            "sampler_name": A1111_SAMPLERS[out.settings["sampler"]],
+            "infotexts": [out.parameters(i) for i in range(len(out.images))],
+        }
+        return {"images": pictures, "parameters": body.model_dump(exclude={"init_images"}), "info": json.dumps(info)}
+
+    @router.post("/txt2img")
+    async def txt2img(body: Txt2Img, request: Request) -> dict[str, Any]:
+        return await draw(body, request)
+
+    @router.post("/img2img")
+    async def img2img(body: Img2Img, request: Request) -> dict[str, Any]:
+        return await draw(body, request)
+
+    @router.get("/progress")
+    async def progress(skip_current_image: bool = False) -> dict[str, Any]:
+        """Of all that is asked for; the picture is of what is drawn longest."""
+        running = service.book.unfinished()
+        total = sum(entry.total for entry in running)
+        share = sum(entry.step for entry in running) / total if total else 0.0
+        first = next((entry for entry in running if entry.latents is not None), None)
+        shown = None
+        if first is not None and first.latents is not None and not skip_current_image:
+            shown = await asyncio.to_thread(preview_of, service, first)
+        state = {"job_count": len(running), "sampling_step": max((one.step for one in running), default=0)}
+        return {"progress": share, "eta_relative": 0.0, "state": state, "current_image": shown, "textinfo": None}
+
+    @router.post("/interrupt")
+    async def interrupt() -> dict[str, Any]:
+        """Cancel all that runs, as A1111 does; with tokens, whoever has one may."""
+        for entry in service.book.unfinished():
+            entry.job.cancel()
+        return {}
+
+    @router.get("/samplers")
+    async def samplers() -> list[dict[str, Any]]:
+        return [{"name": name, "aliases": [ours], "options": {}} for ours, name in A1111_SAMPLERS.items()]
+
+    @router.get("/schedulers")
+    async def schedulers() -> list[dict[str, Any]]:
+        return [{"name": "automatic", "label": "Automatic"}]
+
+    @router.get("/sd-models")
+    async def models() -> list[dict[str, Any]]:
+        name = service.sd.name.rstrip("/").rsplit("/", 1)[-1]
+        return [{"title": name, "model_name": name, "filename": name, "hash": None, "sha256": None, "config": None}]
+
+    @router.get("/loras")
+    async def loras() -> list[dict[str, Any]]:
+        return []
+
+    @router.get("/scripts")
+    async def scripts() -> dict[str, list[str]]:
+        return {"txt2img": [], "img2img": []}
+
+    @router.get("/options")
+    async def options() -> dict[str, Any]:
+        return _server_options(service)
+
+    @router.post("/options")
+    async def set_options(body: NewOptions) -> dict[str, Any]:
+        """Options may be set to what they are."""
+        _check_options(service, body.model_extra or {})
+        return {}
+
+    return router
+
+
+def _options(service: Service, body: Txt2Img) -> dict[str, Any]:
+    """Options of ``generate``, from A1111's names."""
+    for name, value in (body.model_extra or {}).items():
+        if name in _NEUTRAL:
+            if value not in _NEUTRAL[name]:
+                raise ValueError(f"{name} must be {_NEUTRAL[name][0]!r} on this server, got {value!r}")
+        elif name not in _MOOT:
+            raise ValueError(f"{name} is no field that this server knows, got {value!r}")
+    _check_options(service, body.override_settings or {})
+    scripts = {name: given for name, given in (body.alwayson_scripts or {}).items() if _acts(given)}
+    if scripts:
+        raise ValueError(f"alwayson_scripts must be empty on this server, got {', '.join(sorted(scripts))}")
+    if body.scheduler not in _SCHEDULES:
+        raise ValueError(f"scheduler must be 'automatic' on this server, got {body.scheduler!r}")
+    asked = body.sampler_name or body.sampler_index
+    sampler = _SAMPLERS.get((asked or "Euler").lower())
+    if sampler is None:
+        raise ValueError(f"sampler_name must be one of {', '.join(A1111_SAMPLERS.values())}, got {asked!r}")
+    given: dict[str, Any] = {
+        "negative_prompt": body.negative_prompt or "",
+        "steps": 20 if body.steps is None else body.steps,
+        "guidance_scale": 7.0 if body.cfg_scale is None else body.cfg_scale,
+        "sampler": sampler,
+        "images_per_prompt": (body.batch_size or 1) * (body.n_iter or 1),
+        "width": body.width,
+        "height": body.height,
+    }
+    if body.seed not in (None, -1):
+        given["seed"] = body.seed
+    if body.eta is not None and sampler == "ddim":  # elsewhere it changes nothing, or is what the sampler does anyway
+        given["eta"] = body.eta
+    if sampler == "euler_ancestral" and body.eta not in (None, 1):
+        raise ValueError(f"eta must be 1 for Euler a on this server, got {body.eta}")
+    if isinstance(body, Img2Img):
+        given["strength"] = 0.75 if body.denoising_strength is None else body.denoising_strength
+    return {name: value for name, value in given.items() if value is not None}
+
+
+def _acts(given: Any) -> bool:
+    """Whether a script is given anything to do."""
+    arguments = given.get("args") if isinstance(given, dict) else given
+    return bool(arguments) and arguments != [False]
+
+
+def _server_options(service: Service) -> dict[str, Any]:
+    name = service.sd.name.rstrip("/").rsplit("/", 1)[-1]
+    return {"sd_model_checkpoint": name, "CLIP_stop_at_last_layers": 1, "samples_format": "png"}
+
+
+def _check_options(service: Service, given: dict[str, Any]) -> None:
+    known = _server_options(service)
+    for name, value in given.items():
+        if name not in known or value != known[name]:
+            rule = f"must be {known[name]!r} on this server" if name in known else "is no option of this server"
+            raise ValueError(f"{name} {rule}, got {value!r}")
