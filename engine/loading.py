@@ -72,7 +72,7 @@ def load(
     ops = _ops(backend, where, kind)
     if graphs and where.type != "cuda":
         raise RuntimeError(f"graphs need a CUDA device, got {where}; leave graphs out")
-    checkpoint = open_checkpoint(model, config, prefer_fp16=kind == torch.float16)
+    checkpoint = open_checkpoint(model, config, prefer_fp16=kind == torch.float16, needs_vae=vae is None)
     if vae is not None:
         checkpoint = with_vae(checkpoint, Path(vae), prefer_fp16=kind == torch.float16)
     _check_fit(checkpoint)
