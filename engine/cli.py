@@ -1,4 +1,4 @@
-"""The command line: ``twinstream generate | train infusion | train ico | batch | convert | evaluate | serve | toy | info``."""
+"""The command line: ``twinstream generate | train | batch | convert | evaluate | serve | toy | info``."""
 
 from __future__ import annotations
 

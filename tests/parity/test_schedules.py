@@ -45,6 +45,7 @@ def test_align_your_steps_in_other_numbers() -> None:
     schedule = ScheduleConfig.from_dict(SD_V1_5_SCHEDULER)
     ten, twenty = (make_table("euler", schedule, steps, schedule="ays") for steps in (10, 20))
     torch.testing.assert_close(twenty.timesteps[::2], ten.timesteps, rtol=1e-5, atol=1e-3)
+    assert torch.equal(make_table("dpmpp_2m", schedule, 20, schedule="ays").timesteps, twenty.timesteps.round())
     between = twenty.coefficients.input_scale.double()[:3] ** -2 - 1
     torch.testing.assert_close(between[1], (between[0] * between[2]).sqrt(), rtol=1e-5, atol=0)
     with pytest.raises(ValueError, match="schedule 'ays' needs 1000 training timesteps, got 500"):
