@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import asyncio
 from collections.abc import AsyncIterator, Iterator, Sequence
+from concurrent.futures import CancelledError
 from contextlib import asynccontextmanager
 from pathlib import Path
 from typing import Any
@@ -79,7 +80,7 @@ def _add_errors(app: FastAPI) -> None:
     async def gone(_: Request, __: Exception) -> Response:
         return Response(status_code=499)
 
-    for kind in (ValueError, LookupError, RuntimeError):
+    for kind in (ValueError, LookupError, RuntimeError, CancelledError):
         app.add_exception_handler(kind, of_ours)
     for kind in (RequestValidationError, ValidationError):
         app.add_exception_handler(kind, invalid)

@@ -10,6 +10,7 @@ import uuid
 from collections.abc import Awaitable, Callable, Sequence
 from typing import Any
 
+from starlette.exceptions import HTTPException
 from starlette.types import ASGIApp, Message, Receive, Scope, Send
 
 from .errors import answer
@@ -45,6 +46,7 @@ class Guard:
         host = (scope.get("client") or ("",))[0]
         scope.setdefault("state", {})["client"] = host
         limit, taken, body = self.service.limits.body_bytes, 0, bytearray()
+        too_large = f"a body must have at most {limit} bytes on this server"
 
         async def counted() -> Message:
             nonlocal taken
@@ -52,7 +54,7 @@ class Guard:
             part = message.get("body", b"")
             taken += len(part)
             if taken > limit:
-                raise _TooLargeError
+                raise HTTPException(413, too_large)
             if self.log_prompts and len(body) + len(part) < 10_000:
                 body.extend(part)
             return message
@@ -68,14 +70,8 @@ class Guard:
             if not self._may_enter(path, headers.get(b"authorization", b"")):
                 raised = answer("a bearer token is needed", "authentication_error", "invalid_token")
                 await _send(noted, 401, raised, [(b"www-authenticate", b"Bearer")])
-            elif int(headers.get(b"content-length", b"0") or 0) > limit:
-                raise _TooLargeError
             else:
                 await self.app(scope, counted, noted)
-        except _TooLargeError:
-            if not status:
-                message = f"a body must have at most {limit} bytes on this server"
-                await _send(noted, 413, answer(message, "invalid_request_error", "body_too_large"))
         finally:
             seconds = time.perf_counter() - start
             route = getattr(scope.get("route"), "path", "other")
@@ -92,10 +88,6 @@ class Guard:
         kind, _, token = given.partition(b" ")
         matches = [hmac.compare_digest(token.strip(), one) for one in self.tokens]  # all, whichever it is
         return kind.lower() == b"bearer" and any(matches)
-
-
-class _TooLargeError(Exception):
-    """A body is larger than it may be."""
 
 
 _HEADERS = [

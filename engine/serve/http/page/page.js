@@ -179,6 +179,7 @@ async function draw() {
   $("draw").disabled = true;
   $("cancel").hidden = $("now").hidden = false;
   $("preview").hidden = true;
+  $("now").scrollIntoView({ block: "nearest", behavior: "smooth" });
   showProgress({ step: 0, total: 0, position: 0 });
   try {
     const answer = await ask("v1/generate", {

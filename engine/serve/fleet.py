@@ -1,0 +1,267 @@
+"""Many Engines through Ray Serve behind what a ``Scheduler`` is to its callers.
+
+Each replica has an Engine and a scheduler. Replicas are started, counted by how much waits, replaced when they die, and
+exchanged one after the other when the model changes, by Ray Serve. A request whose replica dies is sent to another, and
+only its answer counts, so nothing is lost or there twice.
+"""
+
+from __future__ import annotations
+
+import logging
+import threading
+import time
+from collections import Counter
+from collections.abc import AsyncIterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from ..checks import check_integer
+from ..engine import Engine
+from ..errors import QueueFullError, SchedulerClosedError
+from ..loading import load
+from ..options import make_options
+from ..result import Result
+from ..sampling.arguments import Options
+from ..sampling.request import make_request
+from .scheduler import Scheduler
+
+_NAME = "twinstream"
+_MOST_TRIES = 5
+
+
+@dataclass(frozen=True, slots=True, kw_only=True)
+class FleetOptions:
+    """How many replicas there are, and what each takes.
+
+    Attributes:
+        replicas: at least.
+        most_replicas: at most, by how many requests wait; None for always ``replicas``.
+        cpus, gpus: of each; torch has as many threads as CPUs.
+        max_rows: of each one's batches; see ``Scheduler``.
+        ongoing: requests that one has at a time.
+        address: of a Ray cluster ("auto" for this machine's); one is started where not given.
+    """
+
+    replicas: int = 1
+    most_replicas: int | None = None
+    cpus: float = 1.0
+    gpus: float = 0.0
+    max_rows: int | None = None
+    ongoing: int = 16
+    address: str | None = None
+
+    def __post_init__(self) -> None:
+        check_integer("replicas", self.replicas, 1)
+        check_integer("ongoing", self.ongoing, 1)
+        if self.most_replicas is not None:
+            check_integer("most_replicas", self.most_replicas, self.replicas)
+
+
+class Replica:
+    """An Engine and its scheduler, in an actor."""
+
+    def __init__(self, loading: Mapping[str, Any], threads: int, max_rows: int | None) -> None:
+        import torch
+
+        torch.set_num_threads(threads)
+        self.scheduler = Scheduler(load(**loading), max_rows, max_waiting=10_000)  # the fleet bounds the queue
+
+    async def draw(self, prompt: str | list[str], client: str, options: dict[str, Any]) -> AsyncIterator[Any]:
+        """(step, total, latents) after each step, and then the result; who stops reading cancels."""
+        import asyncio
+
+        loop, steps = asyncio.get_running_loop(), asyncio.Queue[Any]()
+
+        def tell(*step: Any) -> None:
+            loop.call_soon_threadsafe(steps.put_nowait, (step[0], step[1], step[2].cpu()))
+
+        job = self.scheduler.submit(prompt, client=client, callback=tell, **options)
+        job.add_done_callback(lambda _: loop.call_soon_threadsafe(steps.put_nowait, None))
+        try:
+            while (step := await steps.get()) is not None:
+                yield step
+            yield job.result(0)
+        finally:
+            job.cancel()
+
+    def check_health(self) -> None:
+        if not self.scheduler.is_open:
+            raise RuntimeError("the scheduler has ended")
+
+
+class FleetJob(Future[Result]):
+    """A request on its way; see ``job.Job``."""
+
+    def __init__(self, fleet: Fleet) -> None:
+        super().__init__()
+        self._fleet, self.has_begun = fleet, False
+
+    @property
+    def position(self) -> int | None:
+        return self._fleet.position(self)
+
+    def running(self) -> bool:
+        return self.has_begun and not self.done()
+
+
+class Fleet:
+    """Draws on many replicas; what it has in common with ``Scheduler`` is what the server calls.
+
+    Args:
+        sd: an Engine of the same model, which checks requests and draws nothing.
+        loading: arguments of ``engine.load`` for the replicas.
+        options: how many, and what they take.
+        max_waiting: requests that wait for their first step; more are refused.
+
+    Raises:
+        RuntimeError: Ray Serve is not installed.
+    """
+
+    def __init__(self, sd: Engine, loading: Mapping[str, Any], options: FleetOptions, max_waiting: int = 64) -> None:
+        try:
+            import ray
+            from ray import serve
+        except ImportError as error:
+            raise RuntimeError("ray[serve] is not installed; pip install 'twinstream[ray]'") from error
+        self.sd, self.options = sd, options
+        self.max_waiting = check_integer("max_waiting", max_waiting, 1)
+        self.counts: Counter[str] = Counter()
+        self.step_seconds = 0.0
+        self._lock, self._jobs = threading.Lock(), list[FleetJob]()
+        self._closing = False
+        most = options.most_replicas or options.replicas
+        self._threads = ThreadPoolExecutor(max_waiting + most * options.ongoing, "twinstream-fleet")
+        if not ray.is_initialized():
+            ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        self._serve = serve
+        self.change_model(loading)
+
+    def change_model(self, loading: Mapping[str, Any]) -> None:
+        """Let other replicas take over, one after the other; what runs is finished by those that began it.
+
+        The fleet's ``sd`` goes on checking requests, so the models must be of one kind.
+        """
+        options = self.options
+        scaling: dict[str, Any] = {"num_replicas": options.replicas}
+        if options.most_replicas is not None:
+            scaling = {
+                "autoscaling_config": {
+                    "min_replicas": options.replicas,
+                    "max_replicas": options.most_replicas,
+                    "target_ongoing_requests": max(1, options.ongoing // 2),
+                }
+            }
+        deployment = self._serve.deployment(
+            name=_NAME,
+            max_ongoing_requests=options.ongoing,
+            ray_actor_options={"num_cpus": options.cpus, "num_gpus": options.gpus},
+            health_check_period_s=2,
+            health_check_timeout_s=30,
+            graceful_shutdown_timeout_s=60,
+            **scaling,
+        )(Replica)
+        threads = max(1, round(options.cpus))
+        app = deployment.bind(dict(loading), threads, options.max_rows)
+        self._handle = self._serve.run(app, name=_NAME, route_prefix=None)
+
+    def submit(
+        self,
+        prompt: str | Sequence[str],
+        *,
+        client: str = "",
+        deadline: float | None = None,
+        callback: Any = None,
+        **options: Any,
+    ) -> FleetJob:
+        """See ``Scheduler.submit``; what the replica refuses is the job's error."""
+        if deadline is not None:
+            raise ValueError(f"deadline is not known to a fleet of replicas, got {deadline}")
+        asked = make_options(Options, "submit", {"progress": False, "callback": callback} | options)
+        request = make_request(self.sd.limits, prompt, asked)
+        seeds = list(request.seeds)  # drawn here, so that a second try draws the same picture
+        with self._lock:
+            if self._closing:
+                raise SchedulerClosedError("the fleet has been closed")
+            if sum(not one.has_begun for one in self._jobs) >= self.max_waiting:
+                self.counts["refused"] += 1
+                rule = f"at most {self.max_waiting} requests may wait for their first step"
+                raise QueueFullError(f"{rule}, and so many do; try again in 1 s", 1.0)
+            job = FleetJob(self)
+            self._jobs.append(job)
+        given = options | {"progress": False, "seed": seeds}
+        self._threads.submit(self._run, job, prompt, client, given, callback)
+        return job
+
+    def position(self, job: FleetJob) -> int | None:
+        """See ``Job.position``."""
+        with self._lock:
+            waiting = [one for one in self._jobs if not one.has_begun and not one.done()]
+            return None if job.done() else waiting.index(job) + 1 if job in waiting else 0
+
+    @property
+    def is_open(self) -> bool:
+        return not self._closing
+
+    @property
+    def waiting(self) -> int:
+        with self._lock:
+            return sum(not one.has_begun for one in self._jobs)
+
+    @property
+    def drawing(self) -> int:
+        with self._lock:
+            return sum(one.has_begun for one in self._jobs)
+
+    def close(self, cancel: bool = False) -> None:
+        """Take no more requests, and wait for those that are there; ``cancel`` cancels them instead."""
+        with self._lock:
+            self._closing = True
+            left = list(self._jobs) if cancel else []
+        for job in left:
+            job.cancel()
+        self._threads.shutdown()
+        self._serve.delete(_NAME)
+
+    def _run(self, job: FleetJob, prompt: Any, client: str, options: dict[str, Any], callback: Any) -> None:
+        """One request, on as many replicas as die of it or beside it, up to five."""
+        from ray.exceptions import RayActorError, RayTaskError
+
+        outcome: Result | BaseException | None = None
+        for tries in range(_MOST_TRIES):
+            try:
+                outcome = self._draw(job, prompt, client, options, callback)
+                break
+            except RayTaskError as error:  # what the replica raised
+                outcome = error.cause if isinstance(error.cause, BaseException) else error
+                break
+            except RayActorError as error:
+                outcome = error
+                time.sleep(0.2 * 2**tries)
+            except Exception as error:
+                outcome = error
+                break
+        with self._lock:
+            self._jobs.remove(job)
+        if not job.set_running_or_notify_cancel():
+            self.counts["cancelled"] += 1
+        elif isinstance(outcome, Result):
+            self.counts["done"] += 1
+            job.set_result(outcome)
+        else:
+            self.counts["failed"] += 1
+            job.set_exception(outcome or RuntimeError("the replica gave no result"))
+
+    def _draw(self, job: FleetJob, prompt: Any, client: str, options: dict[str, Any], callback: Any) -> Result | None:
+        answers: Any = self._handle.options(stream=True).draw.remote(prompt, client, options)
+        for answer in answers:
+            if job.cancelled():
+                answers.cancel()
+                return None
+            if isinstance(answer, Result):
+                return answer
+            job.has_begun = True
+            step, total, latents = answer
+            if callback is not None:
+                callback(step, total, latents)
+        return None
