@@ -166,6 +166,7 @@ def evaluate(
             )
     settings = {
         "model": sd.name,
+        "loras": [lora.settings() for lora in sd.loras],
         "clip": clip.name,
         "dino": None if dino is None else dino.name,
         "prompts": protocol.n_prompts,
