@@ -21,6 +21,9 @@ def test_diffusers_reads_what_we_write(tmp_path: Path) -> None:
     sd, path = engine.load(tmp_path / "folder"), tmp_path / "model.safetensors"
     save_single_file(path, sd.unet, sd.vae, sd.text_encoder.model, sd.schedule, torch.float32)
     tensors = load_file(path)
+    assert (
+        tensors["first_stage_model.encoder.mid.attn_1.q.weight"].ndim == 4
+    )  # a convolution there, linear in diffusers
     unet = convert_ldm_unet_checkpoint(dict(tensors), dict(pipeline.unet.config))
     vae = convert_ldm_vae_checkpoint(dict(tensors), dict(pipeline.vae.config))
     text = convert_ldm_clip_checkpoint(dict(tensors))
