@@ -1,4 +1,4 @@
-"""The command line: ``twinstream generate | train infusion | train ico | batch | evaluate | toy | info``."""
+"""The command line: ``twinstream generate | train | batch | convert | evaluate | serve | toy | info``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checks import check_choice, check_integer
-from .cli_runs import add_batch, add_evaluate, add_serve, add_toy, loading_arguments
+from .cli_runs import add_batch, add_convert, add_evaluate, add_serve, add_toy, loading_arguments
 from .loading import BACKENDS
 from .methods.asked import Asked
 from .options import on_command_line
@@ -92,6 +92,10 @@ def _parser() -> argparse.ArgumentParser:
     add_evaluate(commands.add_parser("evaluate", parents=[model], help="measure concepts on a data set's prompts"))
     add_serve(commands.add_parser("serve", parents=[model], help="answer OpenAI, A1111 and own clients over HTTP"))
     add_toy(commands.add_parser("toy", help="the paper's two studies of overfitting, in two dimensions"))
+
+    add_convert(
+        commands.add_parser("convert", parents=[model], help="write a model, LoRAs and VAE merged, as one file")
+    )
 
     info = commands.add_parser("info", parents=[model], help="show device, versions and what each op runs on")
     info.set_defaults(run=_info)

@@ -1,4 +1,4 @@
-"""The commands of long runs: ``twinstream batch | evaluate | toy``."""
+"""The commands beside drawing and training: ``twinstream batch | convert | evaluate | serve | toy``."""
 
 from __future__ import annotations
 
@@ -96,6 +96,12 @@ def _serve(arguments: argparse.Namespace) -> int:
     return 0
 
 
+def add_convert(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--out", type=Path, required=True, metavar="FILE", help=".safetensors, in the original layout")
+    parser.add_argument("--file-dtype", default="float16", help="float16, bfloat16 or float32 (default: float16)")
+    parser.set_defaults(run=_convert)
+
+
 def add_toy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", help="agnostic: of four concepts one is tuned; specific: of 25 modes of one, five are")
     parser.add_argument("--steps", type=int, default=3000, help="of the base's training (default: 3000)")
@@ -128,6 +134,21 @@ def _lora(text: str) -> LoRA:
     except ValueError as error:
         raise ValueError(f"lora must be FILE or FILE:WEIGHT with a number, got {text!r}") from error
     return LoRA(path, factor)
+
+
+def _convert(arguments: argparse.Namespace) -> int:
+    import torch
+
+    from .loading import load
+    from .weights.single_file import save_single_file
+
+    dtype = getattr(torch, check_choice("file-dtype", arguments.file_dtype, ("float16", "bfloat16", "float32")))
+    if arguments.out.suffix != ".safetensors" or not arguments.out.parent.is_dir():
+        raise ValueError(f"out must be a .safetensors file in an existing folder, got {str(arguments.out)!r}")
+    sd = load(**loading_arguments(arguments))
+    save_single_file(arguments.out, sd.unet, sd.vae, sd.text_encoder.model, sd.schedule, dtype)
+    print(f"{arguments.out}  {arguments.out.stat().st_size} bytes")
+    return 0
 
 
 def _batch(arguments: argparse.Namespace) -> int:

@@ -72,9 +72,7 @@ def load(
     ops = _ops(backend, where, kind)
     if graphs and where.type != "cuda":
         raise RuntimeError(f"graphs need a CUDA device, got {where}; leave graphs out")
-    checkpoint = open_checkpoint(model, config, prefer_fp16=kind == torch.float16)
-    if vae is not None:
-        checkpoint = with_vae(checkpoint, Path(vae), prefer_fp16=kind == torch.float16)
+    checkpoint = _open(model, config, vae, kind)
     _check_fit(checkpoint)
     with torch.device("meta"):
         unet = UNet2DConditionModel(checkpoint.unet_config, ops)
@@ -98,13 +96,24 @@ def load(
 
 def checkpoint_of(loading: Mapping[str, Any]) -> Checkpoint:
     """Where the files are that ``load(**loading)`` reads."""
-    is_half = _dtype(loading.get("dtype"), _device(loading.get("device"))) == torch.float16
-    return open_checkpoint(loading.get("model"), loading.get("config"), prefer_fp16=is_half)
+    kind = _dtype(loading.get("dtype"), _device(loading.get("device")))
+    return _open(loading.get("model"), loading.get("config"), loading.get("vae"), kind)
+
+
+def _open(
+    model: str | Path | None, config: str | Path | None, vae: str | Path | None, dtype: torch.dtype
+) -> Checkpoint:
+    prefer_fp16 = dtype == torch.float16
+    checkpoint = open_checkpoint(model, config, prefer_fp16=prefer_fp16, needs_vae=vae is None)
+    return checkpoint if vae is None else with_vae(checkpoint, Path(vae), prefer_fp16=prefer_fp16)
 
 
 def model_digest(loading: Mapping[str, Any]) -> str:
-    """What of ``load``'s arguments decides pictures, beyond rounding: the model's content and dtype, as a hash."""
-    return f"{checkpoint_of(loading).digest()}-{_dtype(loading.get('dtype'), _device(loading.get('device')))}"
+    """What of ``load``'s arguments decides pictures, beyond rounding: content of model and LoRAs, and dtype."""
+    dtype = _dtype(loading.get("dtype"), _device(loading.get("device")))
+    return "-".join(
+        [checkpoint_of(loading).digest(), str(dtype), *(lora.digest() for lora in loading.get("loras", ()))]
+    )
 
 
 def _check_fit(checkpoint: Checkpoint) -> None:

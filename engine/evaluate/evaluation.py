@@ -169,6 +169,7 @@ def evaluate(
             )
     settings = {
         "model": checkpoint_of(loading).name,
+        "loras": [lora.settings() for lora in loading.get("loras", ())],
         "clip": clip.name,
         "dino": None if dino is None else dino.name,
         "prompts": protocol.n_prompts,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 from collections import defaultdict
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -14,7 +15,7 @@ from ..checks import check_number
 from ..models.config import UNetConfig
 from ..models.unet import UNet2DConditionModel
 from ..text.encoder import TextEncoder
-from ..weights.lora_file import find_lora, read_lora
+from ..weights.lora_file import PEFT_CONFIG, find_lora, read_lora
 from ..weights.lora_keys import TEXT, UNET
 from ..weights.lora_layer import LoRALayer
 from ..weights.tensors import place
@@ -53,6 +54,13 @@ class LoRA:
     def weights(self) -> dict[str, float]:
         """The factor on each network."""
         return {UNET: self.weight, TEXT: self.weight if self.text_weight is None else self.text_weight}
+
+    def digest(self) -> str:
+        """SHA-256 of what it does, wherever the file lies."""
+        found = hashlib.sha256(repr(self.weights).encode())
+        for path in (Path(self.path), Path(self.path).parent / PEFT_CONFIG):
+            found.update(path.read_bytes() if path.is_file() else b"")
+        return found.hexdigest()
 
     def settings(self) -> dict[str, Any]:
         """How a result describes it."""

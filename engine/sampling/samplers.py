@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ..models.config import ScheduleConfig
-from .schedule import PRK_STEPS, Schedule, make_schedule
+from .schedule import BY_LEVEL, PRK_STEPS, Schedule, make_schedule
 from .stochastic import dpmpp_2m_sde, dpmpp_sde, euler_ancestral, lcm, tcd
 from .table import SamplerTable, TableWriter
 
@@ -274,20 +274,34 @@ def make_table(
         eta: share of fresh noise of those ``WITH_ETA``, 0 (deterministic) to 1; TCD's paper calls it gamma.
         begin: first step taken; image-to-image skips the ones before it.
         schedule: one of ``SCHEDULES``; where not given, the config's.
+
+    Raises:
+        ValueError: the sampler does not go with one of the others, or with the model.
     """
     if eta and name not in WITH_ETA:
         raise ValueError(f"eta belongs to {' and '.join(WITH_ETA)} alone, got eta={eta} with sampler={name!r}")
-    sampler, spacing = SAMPLERS[name], _spacing(name, schedule)
+    sampler, schedule, signal = SAMPLERS[name], _schedule(name, schedule), _least_signal(name, config)
     said = {key: default for key, default in sampler.defaults.items() if getattr(config, key) is None}
-    laid_out = make_schedule(replace(config, **said), sampler.family, steps, spacing, sampler.least_signal)
+    laid_out = make_schedule(replace(config, **said), sampler.family, steps, schedule, signal)
     options = {"eta": eta} if name in WITH_ETA else {}
     return sampler.write(laid_out, sampler.evaluations_per_step * begin, **options)
 
 
-def _spacing(name: str, schedule: str | None) -> str | None:
+def _schedule(name: str, schedule: str | None) -> str | None:
     """The schedule that a sampler's name and the argument ask for."""
-    if not name.endswith("_karras"):
-        return schedule
-    if schedule not in (None, "karras"):
-        raise ValueError(f"sampler {name!r} has the schedule 'karras', got schedule={schedule!r}; use another sampler")
-    return "karras"
+    if name.endswith("_karras"):
+        if schedule not in (None, "karras"):
+            raise ValueError(f"sampler {name!r} has the schedule 'karras', got schedule={schedule!r}; use another one")
+        return "karras"
+    family = SAMPLERS[name].family
+    if schedule is not None and family not in BY_LEVEL and (schedule != "sgm_uniform" or family == "lcm"):
+        raise ValueError(f"schedule must be one that the sampler takes, got {schedule!r} with sampler={name!r}")
+    return schedule
+
+
+def _least_signal(name: str, config: ScheduleConfig) -> float:
+    signal = SAMPLERS[name].least_signal
+    if config.rescale_betas_zero_snr and signal is None:
+        known = ", ".join(other for other, sampler in SAMPLERS.items() if sampler.least_signal is not None)
+        raise ValueError(f"sampler must be one of {known} for a model of zero terminal SNR, got {name!r}")
+    return signal or 0.0

@@ -20,7 +20,7 @@ PRK_STEPS = 3  # Runge-Kutta steps with which PNDM starts where it does
 _MULTISTEP = ("multistep", "deis")  # they lay out one timestep more and leave out the last, and count in whole ones
 _MIDPOINT = ("dpm2", "dpmpp_sde")  # they evaluate the model at the geometric mean of two levels too
 _FRACTIONAL = ("euler", "euler_ancestral", "heun", *_MIDPOINT)
-_BY_LEVEL = (*_MULTISTEP, *_FRACTIONAL)
+BY_LEVEL = (*_MULTISTEP, *_FRACTIONAL)  # families that take any noise level
 
 
 @dataclass(frozen=True, slots=True)
@@ -88,7 +88,7 @@ def _zero_terminal_snr(betas: torch.Tensor) -> torch.Tensor:
 
 
 def make_schedule(
-    config: ScheduleConfig, family: str, steps: int, name: str | None = None, least_signal: float | None = None
+    config: ScheduleConfig, family: str, steps: int, name: str | None = None, least_signal: float = 0.0
 ) -> Schedule:
     """Lay out ``steps`` sampling steps.
 
@@ -98,21 +98,17 @@ def make_schedule(
             who rounds, who ends where.
         steps: number of steps, at most ``num_train_timesteps``.
         name: one of ``SCHEDULES``; where not given, the config's.
-        least_signal: what stands for an alpha-bar of 0 at the last training timestep; None where none can.
+        least_signal: what stands for an alpha-bar of 0 at the last training timestep.
 
     Raises:
-        ValueError: the family has no such schedule, or not so many steps.
+        ValueError: there are not so many steps.
     """
-    if name == "sgm_uniform" and family != "lcm":
+    if name == "sgm_uniform":
         config, name = replace(config, timestep_spacing="trailing"), None
-    elif name is None and config.use_karras_sigmas and family in _BY_LEVEL and family != "euler_ancestral":
+    elif name is None and config.use_karras_sigmas and family in BY_LEVEL and family != "euler_ancestral":
         name = "karras"
-    if name is not None and family not in _BY_LEVEL:
-        raise ValueError(f"schedule must be left out, or go with a sampler that takes it, got {name!r} with {family}")
     cumprod = alphas_cumprod(config)
     if config.rescale_betas_zero_snr:
-        if least_signal is None:
-            raise ValueError(f"this model has no signal at its last timestep, where {family} cannot begin; use ddim")
         cumprod[-1] = least_signal
     with np.errstate(divide="ignore"):
         ratios = np.sqrt((1 - cumprod) / cumprod)

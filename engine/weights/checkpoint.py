@@ -51,7 +51,9 @@ class Checkpoint:
         return found.hexdigest()
 
 
-def open_checkpoint(model: str | Path | None, config: str | Path | None, prefer_fp16: bool) -> Checkpoint:
+def open_checkpoint(
+    model: str | Path | None, config: str | Path | None, prefer_fp16: bool, needs_vae: bool = True
+) -> Checkpoint:
     """Find a model's files and read its configurations; no weights are read yet.
 
     Args:
@@ -59,6 +61,7 @@ def open_checkpoint(model: str | Path | None, config: str | Path | None, prefer_
         config: for a single file, a diffusers folder whose configs and tokenizer to use; the file's own folder where it
             is one, as in SD v1.5's repository.
         prefer_fp16: read the fp16 variant where a folder holds both.
+        needs_vae: whether a single file must hold one.
     """
     if model is None:
         model = EMBEDDED_MODEL
@@ -66,7 +69,7 @@ def open_checkpoint(model: str | Path | None, config: str | Path | None, prefer_
     if path.is_file():
         if config is None and (path.parent / "unet" / "config.json").is_file():
             config = path.parent
-        return _open_single_file(path, None if config is None else Path(config))
+        return _open_single_file(path, None if config is None else Path(config), needs_vae)
     if config is not None:
         raise CheckpointError(f"config belongs to single-file checkpoints; {model} is not a file")
     if not path.is_dir():
@@ -98,17 +101,23 @@ def _open_folder(folder: Path, name: str, prefer_fp16: bool) -> Checkpoint:
     )
 
 
-def _open_single_file(path: Path, config: Path | None) -> Checkpoint:
+def _open_single_file(path: Path, config: Path | None, needs_vae: bool) -> Checkpoint:
     file = TensorFile(path)
+    has_vae = any(name.startswith(ldm.VAE_PREFIX) for name in file.entries)
+    text_prefix = next(
+        (one for one in ldm.TEXT_PREFIXES if any(n.startswith(one) for n in file.entries)), ldm.TEXT_PREFIXES[0]
+    )
     if not any(name.startswith(ldm.UNET_PREFIX) for name in file.entries):
         raise CheckpointError(f"{path}: not an SD checkpoint in the original layout: no {ldm.UNET_PREFIX}* tensors")
     if config is None:
-        configs = ldm.infer_configs({name: entry.shape for name, entry in file.entries.items()})
+        configs = ldm.infer_configs({name: entry.shape for name, entry in file.entries.items()}, text_prefix, has_vae)
         schedule, tokenizer = ScheduleConfig(), _CLIP_TOKENIZER
     else:
         configs = {part: _read_json(config / part / "config.json")[0] for part in ("unet", "vae", "text_encoder")}
         schedule = ScheduleConfig.from_dict(*_read_json(config / "scheduler" / "scheduler_config.json"))
         tokenizer = _find_tokenizer(config / "tokenizer")
+    if needs_vae and not has_vae:
+        raise CheckpointError(f"{path}: it holds no VAE; give one beside it: engine.load(..., vae=...)")
     unet_config = UNetConfig.from_dict(configs["unet"], f"{path} (unet)")
     vae_config = VAEConfig.from_dict(configs["vae"], f"{path} (vae)")
     return Checkpoint(
@@ -121,7 +130,7 @@ def _open_single_file(path: Path, config: Path | None) -> Checkpoint:
         vae=WeightSource([file], lambda key: (ldm.vae_name(vae_config, key),), prefix=ldm.VAE_PREFIX),
         text=WeightSource(
             [file],
-            lambda key: (ldm.TEXT_PREFIX + key.removeprefix("text_model."),),
+            lambda key: (text_prefix + key.removeprefix("text_model."),),
             prefix="cond_stage_model.",
             ignored=_is_text_buffer,
         ),

@@ -13,7 +13,7 @@ from ..models.config import UNetConfig, VAEConfig
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
-TEXT_PREFIX = "cond_stage_model.transformer.text_model."
+TEXT_PREFIXES = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")  # in old files, in new
 
 _RESNET = {
     "norm1": "in_layers.0",
@@ -96,13 +96,24 @@ def _vae_blocks(config: VAEConfig) -> dict[str, str]:
     return blocks
 
 
-def infer_configs(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, dict[str, Any]]:
+SD_V1_VAE: dict[str, Any] = {
+    "block_out_channels": [128, 256, 512, 512],
+    "layers_per_block": 2,
+    "down_block_types": ["DownEncoderBlock2D"] * 4,
+    "up_block_types": ["UpDecoderBlock2D"] * 4,
+}
+
+
+def infer_configs(
+    shapes: Mapping[str, tuple[int, ...]], text_prefix: str = TEXT_PREFIXES[0], has_vae: bool = True
+) -> dict[str, dict[str, Any]]:
     """Diffusers-style configs for "unet", "vae" and "text_encoder" from a single file's tensor shapes.
 
-    Shapes do not tell head and group counts: SD v1's 8 heads and 32 groups are taken.
+    Shapes do not tell head and group counts: SD v1's 8 heads and 32 groups are taken, and its VAE where there is none.
     """
     try:
-        return {"unet": _infer_unet(shapes), "vae": infer_vae(shapes), "text_encoder": _infer_text(shapes)}
+        vae = infer_vae(shapes) if has_vae else SD_V1_VAE
+        return {"unet": _infer_unet(shapes), "vae": vae, "text_encoder": _infer_text(shapes, text_prefix)}
     except KeyError as error:
         raise CheckpointError(f"not an SD-v1 checkpoint in the original layout: {error.args[0]} is missing") from error
 
@@ -151,17 +162,17 @@ def infer_vae(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
     }
 
 
-def _infer_text(shapes: Mapping[str, tuple[int, ...]]) -> dict[str, Any]:
-    vocabulary, width = shapes[f"{TEXT_PREFIX}embeddings.token_embedding.weight"]
+def _infer_text(shapes: Mapping[str, tuple[int, ...]], prefix: str) -> dict[str, Any]:
+    vocabulary, width = shapes[f"{prefix}embeddings.token_embedding.weight"]
     layers = 0
-    while f"{TEXT_PREFIX}encoder.layers.{layers}.mlp.fc1.weight" in shapes:
+    while f"{prefix}encoder.layers.{layers}.mlp.fc1.weight" in shapes:
         layers += 1
     return {
         "vocab_size": vocabulary,
         "hidden_size": width,
-        "intermediate_size": shapes[f"{TEXT_PREFIX}encoder.layers.0.mlp.fc1.weight"][0],
+        "intermediate_size": shapes[f"{prefix}encoder.layers.0.mlp.fc1.weight"][0],
         "num_hidden_layers": layers,
         "num_attention_heads": max(width // 64, 1),
-        "max_position_embeddings": shapes[f"{TEXT_PREFIX}embeddings.position_embedding.weight"][0],
+        "max_position_embeddings": shapes[f"{prefix}embeddings.position_embedding.weight"][0],
         "hidden_act": "quick_gelu",
     }

@@ -18,7 +18,7 @@ from .lora_layer import LoRALayer, rank_of
 from .tensors import TensorFile
 
 _NAMES = ("pytorch_lora_weights.safetensors", "adapter_model.safetensors")  # in a folder: diffusers', peft's
-_PEFT_CONFIG = "adapter_config.json"
+PEFT_CONFIG = "adapter_config.json"
 _MAX_CONFIG_BYTES = 1_000_000
 _METADATA = "lora_adapter_metadata"  # where diffusers keeps peft's configurations
 _METADATA_PREFIXES = {UNET: "unet.", TEXT: "text_encoder."}
@@ -92,9 +92,9 @@ def _positive(path: Path, name: str, value: Any) -> float:
 def _peft_configs(file: TensorFile) -> dict[str, Mapping[str, Any]]:
     """peft's configuration of each network: beside its own files, or within diffusers'."""
     if any(key.startswith(PEFT_PREFIX) for key in file.entries):
-        path = file.path.parent / _PEFT_CONFIG
+        path = file.path.parent / PEFT_CONFIG
         if not path.is_file() or path.stat().st_size > _MAX_CONFIG_BYTES:
-            raise CheckpointError(f"{file.path}: peft keeps alpha in {_PEFT_CONFIG}, which must lie beside it")
+            raise CheckpointError(f"{file.path}: peft keeps alpha in {PEFT_CONFIG}, which must lie beside it")
         config = _json(path, path.read_text(encoding="utf-8", errors="replace"))
         return {UNET: _checked(path, config), TEXT: _checked(path, config)}
     if _METADATA not in file.metadata:

@@ -108,6 +108,7 @@ def test_infusion_from_files_to_a_page(
     result = json.loads((tmp_path / "report.json").read_text())
     off, on = result["records"]
     assert result["settings"]["clip"] == "clip"
+    assert result["settings"]["loras"] == []
     assert (off["strength"], on["strength"], on["noun"], on["method"]) == (0, 1, "cat", "infusion")
     assert off["clip_t"] == off["base_clip_t"] != on["clip_t"]  # strength 0 is the base to the pixel
     assert off["wasserstein"]["w2"] == pytest.approx(off["wasserstein"]["floor_w2"], rel=1e-3)

@@ -1,6 +1,7 @@
 """Requests that step together get what each gets alone, whoever joins and leaves, at any step."""
 
 import random
+from dataclasses import replace
 from typing import Any
 
 import numpy as np
@@ -25,6 +26,10 @@ def _kinds(sd: engine.Engine) -> dict[str, dict[str, Any]]:
     picture = np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
     return {
         "plain": {},
+        "two nouns": {
+            "customization": engine.Infusion([concepts[0], replace(concepts[1], noun="boat")]),
+            "prompt": "a photo of a boat and a cat",
+        },
         "without guidance": {"guidance_scale": 1.0},
         "rescaled": {"guidance_rescale": 0.6},
         "three": {"images_per_prompt": 3, "negative_prompt": "blue"},

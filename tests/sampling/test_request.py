@@ -39,7 +39,7 @@ _PICTURE = Image.new("RGB", (16, 16))
         ({"schedule": "simple"}, "schedule must be one of karras, exponential, beta, ays, sgm_uniform, got 'simple'"),
         (
             {"schedule": "karras"},
-            "schedule must be left out, or go with a sampler that takes it, got 'karras' with ddim",
+            "schedule must be one that the sampler takes, got 'karras' with sampler='ddim'",
         ),
         ({"eta": 1.5}, "eta must be a finite number from 0 to 1, got 1.5"),
         ({"eta": 0.5, "sampler": "euler"}, "eta belongs to ddim and tcd alone, got eta=0.5 with sampler='euler'"),

@@ -2,6 +2,7 @@
 
 import pytest
 
+import engine
 from engine.models.config import ScheduleConfig
 from engine.sampling.samplers import SAMPLERS, make_table
 from tests.pipelines import SD_V1_5_SCHEDULER
@@ -17,3 +18,9 @@ _HISTORY = {
 def test_history(name: str) -> None:
     table = make_table(name, SCHEDULE, 10)
     assert table.coefficients.state.shape[-1] - 1 == _HISTORY[name]
+
+
+def test_every_schedule_has_a_timetable_of_its_own(small: engine.Engine) -> None:
+    kept = [small.timetables("euler", 4, 0.0, 0, schedule) for schedule in (None, "karras", "beta")]
+    assert len({tuple(one.table.timesteps.tolist()) for one in kept}) == 3
+    assert small.timetables("euler", 4, 0.0, 0, "karras") is kept[1]

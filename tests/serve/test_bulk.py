@@ -15,6 +15,8 @@ from engine.loading import model_digest
 from engine.methods.asked import Asked
 from engine.serve import bulk
 from engine.serve.bulk import Painter, Row, Status, read_rows, run_bulk
+from engine.weights.checkpoint import EMBEDDED_MODEL
+from tests.loras import write_kohya
 
 QUICK = {"steps": 2, "guidance_scale": 2.0}
 STRIPED = str(Path(engine.__file__).parent / "assets" / "concepts" / "striped-cat.safetensors")
@@ -134,7 +136,7 @@ def test_keys_follow_from_content_that_a_row_names(tmp_path: Path) -> None:
     assert bulk.make_row(given, "another model").key != make_row(given).key
 
 
-def test_a_model_is_told_by_its_content_and_dtype(small_folder: Path, tmp_path: Path) -> None:
+def test_a_model_is_told_by_its_content_and_dtype(small: engine.Engine, small_folder: Path, tmp_path: Path) -> None:
     there, edited = tmp_path / "there", tmp_path / "edited"
     shutil.copytree(small_folder, there)
     shutil.copytree(small_folder, edited)
@@ -145,6 +147,10 @@ def test_a_model_is_told_by_its_content_and_dtype(small_folder: Path, tmp_path: 
     digest = model_digest({"model": small_folder})
     assert model_digest({"model": there, "backend": "torch"}) == digest
     assert model_digest({"model": edited}) != digest
+    file = write_kohya(small, tmp_path / "one.safetensors")
+    loras = [model_digest({"model": there, "loras": [engine.LoRA(file, weight)]}) for weight in (1.0, 0.5, 1.0)]
+    assert len({digest, *loras}) == 3
+    assert model_digest({"model": there, "vae": EMBEDDED_MODEL}) != digest
     assert model_digest({"model": there, "dtype": "bfloat16"}) != digest
     vocabulary = there / "tokenizer" / "tokenizer.json"
     vocabulary.write_text(vocabulary.read_text() + "\n")

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from safetensors.torch import save_file
+from safetensors.torch import load_file, save_file
 
 import engine
 from engine.errors import CheckpointError
@@ -93,8 +93,8 @@ def write_single_file(folder: Path, path: Path) -> None:
         conv = ".attn_1." in name and value.ndim == 2
         tensors[name] = value[:, :, None, None] if conv else value
     for key, value in sd.text_encoder.model.state_dict().items():
-        tensors[ldm.TEXT_PREFIX + key.removeprefix("text_model.")] = value
-    tensors[f"{ldm.TEXT_PREFIX}embeddings.position_ids"] = torch.arange(77)[None]
+        tensors[ldm.TEXT_PREFIXES[0] + key.removeprefix("text_model.")] = value
+    tensors[f"{ldm.TEXT_PREFIXES[0]}embeddings.position_ids"] = torch.arange(77)[None]
     tensors["model_ema.decay"] = torch.tensor(0.9999)
     tensors["alphas_cumprod"] = torch.rand(1000)
     save_file({name: value.contiguous() for name, value in tensors.items()}, path)
@@ -152,3 +152,26 @@ def test_other_single_files(tmp_path: Path) -> None:
     save_file({"model.diffusion_model.input_blocks.0.0.weight": torch.zeros(2)}, path)
     with pytest.raises(CheckpointError, match=r"middle_block.* is missing"):
         engine.load(path)
+
+
+def test_text_without_its_old_prefix(tmp_path: Path) -> None:
+    """As transformers 5 names it, and as some merging programs have written it before."""
+    save_pipeline("sd_like", tmp_path / "folder")
+    write_single_file(tmp_path / "folder", tmp_path / "old.safetensors")
+    old, new = ldm.TEXT_PREFIXES
+    tensors = {name.replace(old, new): tensor for name, tensor in load_file(tmp_path / "old.safetensors").items()}
+    save_file(tensors, tmp_path / "new.safetensors")
+    states = [engine.load(tmp_path / f"{name}.safetensors").text_encoder.model.state_dict() for name in ("old", "new")]
+    assert all(torch.equal(weight, states[1][name]) for name, weight in states[0].items())
+
+
+def test_a_checkpoint_without_a_vae_takes_one(tmp_path: Path) -> None:
+    folder, path = tmp_path / "folder", tmp_path / "model.safetensors"
+    save_pipeline("sd_like", folder)
+    write_single_file(folder, path)
+    pruned = {name: one for name, one in load_file(path).items() if not name.startswith(ldm.VAE_PREFIX)}
+    save_file(pruned, tmp_path / "pruned.safetensors")
+    with pytest.raises(CheckpointError, match=r"pruned.safetensors: it holds no VAE; give one beside it: .*vae="):
+        engine.load(tmp_path / "pruned.safetensors")
+    sd, latents = engine.load(tmp_path / "pruned.safetensors", vae=folder), torch.randn(1, 4, 8, 8)
+    assert torch.equal(sd.vae.decode(latents), engine.load(folder).vae.decode(latents))

@@ -3,6 +3,7 @@
 import re
 from pathlib import Path
 
+import diffusers
 import pytest
 import torch
 from PIL import Image
@@ -24,9 +25,9 @@ def other(tmp_path_factory: pytest.TempPathFactory) -> Path:
     return folder
 
 
-def _original(folder: Path, prefix: str) -> dict[str, torch.Tensor]:
+def _original(folder: Path, prefix: str, config: VAEConfig | None = None) -> dict[str, torch.Tensor]:
     """The VAE's tensors in the original layout, its attention as 1x1 convolutions, with what training left."""
-    config, tensors = VAEConfig.from_dict(make_vae("narrow").config), {}
+    config, tensors = config or VAEConfig.from_dict(make_vae("narrow").config), {}
     for key, value in load_file(folder / "diffusion_pytorch_model.safetensors").items():
         name = ldm.vae_name(config, key).removeprefix(ldm.VAE_PREFIX)
         tensors[prefix + name] = value[:, :, None, None] if ".attn_1." in name and value.ndim == 2 else value
@@ -56,6 +57,22 @@ def test_files_in_the_original_layout(small_folder: Path, other: Path, tmp_path:
     sd = engine.load(small_folder, vae=tmp_path / "mse.safetensors")
     assert _same(sd, other)
     assert sd.vae.config == engine.load(small_folder).vae.config
+
+
+def test_a_vae_of_other_sizes(small_folder: Path, tmp_path: Path) -> None:
+    """A folder's come from its config, a file's from the shapes."""
+    sizes = {"block_out_channels": (12, 20), "layers_per_block": 2, "norm_num_groups": 4}
+    kinds = {"down_block_types": ("DownEncoderBlock2D",) * 2, "up_block_types": ("UpDecoderBlock2D",) * 2}
+    theirs = diffusers.AutoencoderKL(**sizes, **kinds, scaling_factor=0.5)
+    theirs.save_pretrained(tmp_path / "wide")
+    sd = engine.load(small_folder, vae=tmp_path / "wide")
+    assert _same(sd, tmp_path / "wide")
+    assert sd.vae.config.scaling_factor == 0.5
+    save_file(_original(tmp_path / "wide", "", VAEConfig.from_dict(theirs.config)), tmp_path / "wide.safetensors")
+    of_file = engine.load(small_folder, vae=tmp_path / "wide.safetensors")
+    assert _same(of_file, tmp_path / "wide")
+    assert of_file.vae.config.scaling_factor == 0.18215
+    assert of_file.generate("a cat", steps=1, progress=False).images[0].size == (16, 16)
 
 
 def test_a_file_in_diffusers_layout(small_folder: Path, other: Path) -> None:
