@@ -14,7 +14,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import CancelledError, Future, ThreadPoolExecutor
 from contextlib import AbstractContextManager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from datetime import date
 from pathlib import Path
 from typing import Any
@@ -244,7 +244,7 @@ def soak(sd: engine.Engine, minutes: float, rate: float, max_rows: int | None) -
             i += 1
             if dice < 0.05:
                 try:
-                    scheduler.submit(one.prompt, **(one.options() | {"steps": 0}))
+                    scheduler.submit(one.prompt, **replace(one, steps=0).options())
                     outcomes["wrong"] += 1
                 except ValueError:
                     outcomes["bad"] += 1

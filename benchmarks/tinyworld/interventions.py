@@ -22,11 +22,13 @@ from engine.methods.concept_cache import Texts
 from engine.models.conditioning import Batch, Following
 from engine.models.transformer import SelfAttention
 from engine.sampling.arguments import Options
-from engine.sampling.loop import Phase, State, denoise, guided_step
+from engine.sampling.loop import Stepper, denoise, start_denoising
 from engine.sampling.plan import GuidedBatch, make_plans
 from engine.sampling.request import make_request
 from engine.sampling.samplers import make_table
 from engine.sampling.start import start
+from engine.sampling.step import Phase, State, guided_step
+from engine.sampling.timetable import Timetable
 from engine.text.encoder import Tokens
 from engine.text.words import find_noun
 
@@ -111,8 +113,10 @@ class Foundations:
             self.maps.append(maps)
             return result
 
-        x, _, _ = denoise(sd.unet, self.table, [plan], self.start, noise, lambda _i, _x: True, run=run)
-        self.images: list[Image.Image] = sd._pictures(self.request, x)
+        timetable = Timetable(self.table, sd.unet.time_shifts(self.table.timesteps))
+        denoising = start_denoising([plan], timetable, self.start, noise)
+        denoise(Stepper(sd.unet, run), denoising, lambda _i, _x: True)
+        self.images: list[Image.Image] = sd._pictures(self.request, denoising.x)
 
     @torch.no_grad()
     def draw(self, parts: Sequence[Part], how: Intervention, silhouettes: Tensor) -> list[Image.Image]:

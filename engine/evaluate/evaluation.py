@@ -141,10 +141,9 @@ def evaluate(
     found = run_bulk(list(wanted.values()), folder, loading, batch_size=batch_size, progress=progress, paint=paint)
     statuses = {status.key: status for status in found}
     _check(statuses, wanted)
-    records = []
-    for one, plan in zip(concepts, plans, strict=True):
-        drawn = {kind: Drawn(rows, folder) for kind, rows in plan.items()}
-        divergence = _divergence(one, drawn["base"], take)
+    records, drawings = [], [{kind: Drawn(rows, folder) for kind, rows in plan.items()} for plan in plans]
+    divergences = _divergences(concepts, [drawn["base"] for drawn in drawings], take)
+    for one, plan, drawn, divergence in zip(concepts, plans, drawings, divergences, strict=True):
         files = {kind: pictures.latents for kind, pictures in drawn.items()}
         moved = distances(files, [("other", f"strength {strength:g}", "base") for strength in strengths], take)
         for strength, distance in zip(strengths, moved, strict=True):
@@ -254,20 +253,30 @@ def _measure(
     return measured
 
 
-def _divergence(one: Subjected, base: Drawn, take: Callable[[Sequence[Part]], list[Any]]) -> dict[str, Any]:
-    """From the base, on its own pictures of the plain noun: what the concept does where nobody asked for it.
+def _divergences(
+    concepts: Sequence[Subjected], bases: Sequence[Drawn], take: Callable[[Sequence[Part]], list[Any]]
+) -> list[dict[str, Any]]:
+    """From the base, on its own pictures of the plain noun: what concepts do where nobody asked for them.
 
-    Infusion's is its customised pipeline's; its foundation's is zero by construction.
+    Infusion's is its customised pipeline's; its foundation's is zero by construction. All parts are taken together, so
+    that whoever takes them loads the model once.
     """
-    is_infusion = one.concept.method == "infusion"
-    chosen = np.linspace(0, len(base.rows) - 1, min(_DIVERGENCE_PAIRS, len(base.rows))).round().astype(int)
-    files = [base.latents[i] for i in chosen]
-    sums = torch.cat(take(divide_pairs(one.path, files, [base.rows[i].prompt for i in chosen])), dim=1)
-    return {
-        "of": "customised pipeline" if is_infusion else "keys and values",
-        **Divergence.of(sums, read_latents(files[:1]).numel()).record(),
-        "foundation": 0.0 if is_infusion else None,
-    }
+    parts = []
+    for one, base in zip(concepts, bases, strict=True):
+        chosen = np.linspace(0, len(base.rows) - 1, min(_DIVERGENCE_PAIRS, len(base.rows))).round().astype(int)
+        parts.append(divide_pairs(one.path, [base.latents[i] for i in chosen], [base.rows[i].prompt for i in chosen]))
+    sums, records = iter(take([part for own in parts for part in own])), []
+    for one, base, own in zip(concepts, bases, parts, strict=True):
+        is_infusion = one.concept.method == "infusion"
+        found = torch.cat([next(sums) for _ in own], dim=1)
+        records.append(
+            {
+                "of": "customised pipeline" if is_infusion else "keys and values",
+                **Divergence.of(found, read_latents(base.latents[:1]).numel()).record(),
+                "foundation": 0.0 if is_infusion else None,
+            }
+        )
+    return records
 
 
 def write_record(result: Mapping[str, Any], out: Path) -> Path:

@@ -25,9 +25,8 @@ from .divergence import noise_predictor, pair_sums
 from .wasserstein import distance_record, from_moments
 
 Part = Callable[["Summer"], Any]
-Compute = Callable[
-    [Sequence[Part], Mapping[str, Any]], list[Any]
-]  # parts, arguments of ``load`` -> their sums, in order
+# parts and arguments of ``load`` -> the parts' sums, in order
+Compute = Callable[[Sequence[Part], Mapping[str, Any]], list[Any]]
 Files = tuple[Path, ...]
 _PAIRS, _SAMPLES = 16, 256  # in a part
 

@@ -3,6 +3,7 @@
 import json
 import shutil
 import subprocess
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -12,7 +13,7 @@ from PIL import Image
 
 import engine
 from engine.cli import main
-from engine.evaluate import evaluation, ray_sums, report
+from engine.evaluate import evaluation, ray_sums, report, sums
 from engine.evaluate.dreambench import fill, read_dataset
 from engine.evaluate.encoders import CLIP, DINO, Tinyworld
 from engine.evaluate.evaluation import PROTOCOLS, match
@@ -128,6 +129,22 @@ def test_infusion_from_files_to_a_page(
     assert len(drawn) == 4 * 4
     assert _run(small_folder, dataset, concepts[0], tmp_path, *options) == 0
     assert {path.stat().st_mtime_ns for path in (tmp_path / "pictures").glob("*.png")} == drawn
+
+
+def test_each_concept_has_its_own_divergence(
+    small_folder: Path, dataset: Path, concepts: tuple[Path, Path], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    strong = tmp_path / "strong.safetensors"
+    concept = engine.Concept.load(concepts[0])
+    replace(concept, residuals={name: 3 * one for name, one in concept.residuals.items()}).save(strong)
+    loads, names = [], ("--concept", str(strong), "--subject", "my_cat", "--subject", "my_cat")
+    monkeypatch.setattr(sums, "load", lambda **more: loads.append(more) or engine.load(**more))
+    assert _run(small_folder, dataset, concepts[0], tmp_path / "both", *names) == 0
+    weak, both = (record["fisher"] for record in json.loads((tmp_path / "both" / "report.json").read_text())["records"])
+    assert both["total"]["mean"] > 2 * weak["total"]["mean"] > 0
+    assert len(loads) == 1
+    assert _run(small_folder, dataset, concepts[0], tmp_path / "one") == 0
+    assert json.loads((tmp_path / "one" / "report.json").read_text())["records"][0]["fisher"] == weak
 
 
 def test_on_ray_actors_draw_and_take_the_sums(
