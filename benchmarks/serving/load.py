@@ -283,6 +283,9 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=64, help="of each measurement (default: 64)")
     parser.add_argument("--in-flight", type=int, default=16, help="(default: 16)")
+    parser.add_argument(
+        "--loads", type=float, nargs="+", default=[0.5, 0.8], help="of the open loop (default: 0.5 0.8)"
+    )
     parser.add_argument("--max-rows", type=int, help="of the scheduler (default: profiled)")
     parser.add_argument("--soak-minutes", type=float, default=0.0, help="(default: none)")
     parser.add_argument("--result", type=Path, default=RESULTS / f"serving-{date.today().isoformat()}.json")
@@ -301,7 +304,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                     rates[kinds] = records[-1]["per_second"]
                 print(records[-1], flush=True)
     for kinds in ("plain", "mixed"):
-        for load in (0.5, 0.8):
+        for load in arguments.loads:
             asked = requests(arguments.requests, kinds, seed=5)
             for name, (context, submit) in systems(sd, kinds, arguments.max_rows).items():
                 with context:
