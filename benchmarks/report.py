@@ -16,6 +16,7 @@ from typing import Any
 
 from benchmarks import compatibility
 from benchmarks.machine import RESULTS
+from benchmarks.serving import table as serving_table
 from benchmarks.tinyworld.evaluate import interval
 
 ROOT = Path(__file__).parent.parent
@@ -24,6 +25,7 @@ PAGES = (
     ROOT / "docs" / "performance.md",
     ROOT / "docs" / "studies.md",
     ROOT / "docs" / "compatibility.md",
+    ROOT / "docs" / "serving.md",
 )
 _GPU_TARGETS: dict[str, tuple[float, ...]] = {  # floor, must and goal, where there are any
     "guided_step": (2.03, 5.3, 3.7),
@@ -64,6 +66,7 @@ def tables() -> dict[str, str]:
         "tinyworld": each("results", _quality),
         "infusion": each("infusion", _infusion),
         "dci": each("dci", _dci),
+        "serving": each("serving", serving_table.show),
     }
 
 
