@@ -137,7 +137,7 @@ def _diffusers() -> Any:
     import diffusers
 
     pipeline: Any = diffusers.DiffusionPipeline
-    made = pipeline.from_pretrained(EMBEDDED_MODEL, safety_checker=None)
+    made = pipeline.from_pretrained(EMBEDDED_MODEL, safety_checker=None, torch_dtype=torch.float32)
     made.scheduler = diffusers.DDIMScheduler.from_config(made.scheduler.config)
     made.set_progress_bar_config(disable=True)
     return made
