@@ -160,8 +160,10 @@ class Seen:
         }
 
 
-def closed_loop(submit: Submit, asked: Sequence[Asked], in_flight: int) -> Seen:
-    """Another request comes when one is done."""
+def closed_loop(
+    submit: Submit, asked: Sequence[Asked], in_flight: int, wait: Callable[[], None] = lambda: None
+) -> Seen:
+    """Another request comes when one is done, and ``wait`` has returned; latencies begin then."""
     seen, room, lock = Seen(), threading.Semaphore(in_flight), threading.Lock()
     start, futures = time.perf_counter(), []
 
@@ -175,6 +177,7 @@ def closed_loop(submit: Submit, asked: Sequence[Asked], in_flight: int) -> Seen:
 
     for one in asked:
         room.acquire()
+        wait()
         begin = time.perf_counter()
         future = submit(one)
         future.add_done_callback(ended(begin))
@@ -188,17 +191,12 @@ def closed_loop(submit: Submit, asked: Sequence[Asked], in_flight: int) -> Seen:
 def open_loop(submit: Submit, asked: Sequence[Asked], rate: float, seed: int = 1) -> Seen:
     """Requests come as a Poisson process of ``rate`` a second, however many are in flight."""
     times = np.cumsum(np.random.default_rng(seed).exponential(1 / rate, len(asked)))
-    return closed_loop(_paced(submit, times), asked, len(asked) + 1)
-
-
-def _paced(submit: Submit, times: np.ndarray) -> Submit:
     start, left = time.perf_counter(), iter(times)
 
-    def at_its_time(one: Asked) -> Future[Any]:
+    def wait() -> None:
         time.sleep(max(0.0, start + float(next(left)) - time.perf_counter()))
-        return submit(one)
 
-    return at_its_time
+    return closed_loop(submit, asked, len(asked), wait)
 
 
 def short_behind_long(submit: Submit, rate: float, n: int) -> list[float]:
