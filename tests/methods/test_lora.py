@@ -68,16 +68,24 @@ def _differing(one: torch.nn.Module, other: torch.nn.Module) -> set[str]:
 
 
 def test_packed_weights_are_shared_too(style: Path) -> None:
-    sd = engine.load(backend="native")
-    sd.generate("a cat", **_FAST)
-    chosen = write_kohya(sd, style.parent / "one.safetensors", lambda name: "mid_block.resnets.1.conv2." in name, None)
+    sd, name = engine.load(backend="native"), "down_blocks.0.downsamplers.0.conv"
+    expected = sd.generate("a cat", **_FAST).latents
+    chosen = write_kohya(sd, style.parent / "one.safetensors", lambda one: one.startswith(f"{name}."), None)
     styled = sd.with_loras([engine.LoRA(chosen)])
-    convs = [name for name, module in sd.unet.named_modules() if isinstance(module, PackedConv2d)]
-    shared = [name for name in convs if sd.unet.get_submodule(name) is styled.unet.get_submodule(name)]
-    assert set(convs) - set(shared) == {"mid_block.resnets.1.conv2"}
-    assert any(sd.unet.get_submodule(name)._packed is not None for name in shared)
-    assert styled.unet.get_submodule("mid_block.resnets.1.conv2")._packed is None
-    assert styled.backend is sd.backend  # it keeps the linear layers' packed weights
+    convs = [one for one, module in sd.unet.named_modules() if isinstance(module, PackedConv2d)]
+    shared = [one for one in convs if sd.unet.get_submodule(one) is styled.unet.get_submodule(one)]
+    assert set(convs) - set(shared) == {name}
+    assert any(len(_packed_conv(sd, one).convolution._packed) for one in shared)
+    assert not len(_packed_conv(styled, name).convolution._packed)
+    assert styled.backend is sd.backend  # it keeps what is packed by weight
+    assert not torch.equal(styled.generate("a cat", **_FAST).latents, expected)
+    assert torch.equal(sd.generate("a cat", **_FAST).latents, expected)
+
+
+def _packed_conv(sd: engine.Engine, name: str) -> PackedConv2d:
+    module = sd.unet.get_submodule(name)
+    assert isinstance(module, PackedConv2d)
+    return module
 
 
 def test_at_load_and_later_are_one(small: engine.Engine, small_folder: Path, style: Path) -> None:
