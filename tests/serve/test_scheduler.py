@@ -3,6 +3,7 @@
 import gc
 import threading
 import time
+import weakref
 from collections.abc import Iterator
 from concurrent.futures import CancelledError, wait
 from typing import Any
@@ -290,25 +291,24 @@ def test_a_defect_of_the_scheduler_ends_every_job(small: engine.Engine, monkeypa
 
 
 def test_nothing_is_held_when_all_is_done(scheduler: Scheduler) -> None:
-    def tensors() -> int:
+    """Neither a request's keys and values nor the batch's, nor clients that are gone."""
+    held, gate = _held(scheduler, client="a")
+    denoising, phase = held.denoising, scheduler._stepper._joined
+    assert denoising is not None
+    assert phase is not None
+    text = (*denoising.plan.rows.batch.text[0], *phase[0].rows.batch.text[0])
+    kept = [weakref.ref(one) for one in text]
+    others = [scheduler.submit(PROMPT, seed=i, client=str(i), **QUICK) for i in range(5)]
+    gate.open.set()
+    wait([held, *others])
+    del denoising, phase, text
+    for _ in range(200):
         gc.collect()
-        return sum(type(one) is torch.Tensor for one in gc.get_objects())
-
-    scheduler.submit(PROMPT, seed=0, **QUICK).result(60)
-    _settle(scheduler)
-    before = tensors()
-    for i in range(5):
-        scheduler.submit(f"a cat {i}", seed=i, client=str(i), **QUICK).result(60)
-    _settle(scheduler)
-    assert tensors() <= before
-    assert len(scheduler._served) <= 1
-
-
-def _settle(scheduler: Scheduler) -> None:
-    for _ in range(100):
-        if not (scheduler.drawing or scheduler._stepper._plans or len(scheduler._served) > 1):
-            return
+        if not any(one() is not None for one in kept) and len(scheduler._served) <= 1:
+            break
         time.sleep(0.05)
+    assert [one() for one in kept] == [None] * 4
+    assert len(scheduler._served) <= 1
 
 
 def test_pace_is_a_line_through_what_was_seen() -> None:
