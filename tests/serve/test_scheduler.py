@@ -304,10 +304,11 @@ def test_nothing_is_held_when_all_is_done(scheduler: Scheduler) -> None:
     del denoising, phase, text
     for _ in range(200):
         gc.collect()
-        if not any(one() is not None for one in kept) and len(scheduler._served) <= 1:
+        if not any(one() is not None for one in kept) and scheduler._stepper._joined is None:
             break
         time.sleep(0.05)
     assert [one() for one in kept] == [None] * 4
+    assert scheduler._stepper._joined is None
     assert len(scheduler._served) <= 1
 
 
