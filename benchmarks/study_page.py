@@ -75,7 +75,7 @@ def page(path: Path, layout: Path, sweeps: Path) -> str:
         "seeds": settings["seeds"],
         "n_pictures": len(settings["prompts"]) * settings["seeds"],
         "drawing": f"{drawing['sampler']} at {drawing['steps']} steps, guidance {drawing['guidance_scale']:g}",
-        "machine": machine_line(result),
+        "machine": machine_line(result) + _other_commits(result),
         "jobs": settings["jobs"],
         "recall": recall,
         "missing": _missing(trained, concepts),
@@ -153,6 +153,13 @@ def _steps_table(records: Sequence[Record], checkpoints: Sequence[int]) -> str:
             row.append(f"{shares}, {mean(group, lambda one: one['wasserstein']['w2']):.1f}")
         rows.append(row)
     return table(["method", *(f"{steps} steps" for steps in checkpoints)], rows)
+
+
+def _other_commits(result: Record) -> str:
+    """Which concepts were measured at another commit than the last ones."""
+    told, own = result["settings"].get("commits", {}), result["machine"]["commit"]
+    others = [f"{concept} at {commit[:9]}" for concept, commit in told.items() if commit != own]
+    return f" ({', '.join(others)})" if others else ""
 
 
 def _kinds_table(records: Sequence[Record], steps: int) -> str:

@@ -10,6 +10,7 @@ from typing import Any
 Record = dict[str, Any]
 METHOD = "the method"
 _SHARES = ("likeness", "object", "context")
+_APART = 0.03  # a training closer than this to the method's own has no label: they would lie upon one another
 _LABELLED = (  # in the figure; the table names all
     "strength 0.5",
     METHOD,
@@ -122,6 +123,7 @@ def draw_layout(path: Path, to: Path) -> None:
     for axis, (concept, bound) in zip(axes[0], bounds.items(), strict=True):
         own = [one for one in records if one["concept_name"] == concept and one["training"] != "bounds"]
         line = [one for one in own if one["training"] == METHOD and one["drawing"].startswith(("strength", METHOD))]
+        usual = next(zip(*_points([one for one in line if one["drawing"] == METHOD]), strict=True))
         line.sort(key=lambda one: one["likeness"]["mean"])
         axis.plot(*_points(line), color="0.6", zorder=1)
         kinds = [
@@ -133,7 +135,8 @@ def draw_layout(path: Path, to: Path) -> None:
             axis.scatter(*_points(group), marker=marker, color=colour, label=label, zorder=2)
             for one, x, y in zip(group, *_points(group), strict=True):
                 text = one["drawing"] if one["training"] == METHOD else one["training"]
-                if text in _LABELLED or one["training"] != METHOD:
+                is_apart = max(abs(x - usual[0]), abs(y - usual[1])) > _APART
+                if text in _LABELLED or (one["training"] != METHOD and is_apart):
                     axis.annotate(text, (x, y), fontsize=7, xytext=(5, 2), textcoords="offset points")
         for name, level in (("chance", bound["chance"]), ("the most that the judge can tell", bound["judge"])):
             axis.axhline(level["layout"]["mean"], color="0.7", linestyle="--", zorder=0)

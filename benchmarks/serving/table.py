@@ -39,8 +39,8 @@ def show(path: Path, result: dict[str, Any]) -> str:
 def _soak(soak: dict[str, Any]) -> str:
     found = soak["outcomes"]
     return (
-        f"{soak['minutes']:g} minutes at a load of 0.8, a tenth cancelled and a twentieth bad: of {soak['submitted']} "
-        f"requests {found['drawn']} were drawn, {found['cancelled']} cancelled, {found['bad']} refused as bad, "
+        f"A soak of {soak['minutes']:g} min at a load of 0.8, a tenth cancelled and a twentieth bad: of "
+        f"{soak['submitted']} requests {found['drawn']} were drawn, {found['cancelled']} cancelled, {found['bad']} refused as bad, "
         f"{found['refused']} for a full queue, and of {found['wrong']} something else became; memory changed by "
         f"{100 * soak['memory_growth_last_half']:+.1f} % over the last half."
     )

@@ -11,17 +11,15 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import time
 from collections.abc import Callable, Sequence
-from concurrent.futures import ProcessPoolExecutor, as_completed
+from concurrent.futures import as_completed
 from dataclasses import dataclass
 from datetime import date
 from functools import cache
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 
 from benchmarks.machine import RESULTS, machine, write_result
@@ -39,6 +37,7 @@ from benchmarks.tinyworld.bench import DRAWING, Bench, study_prompts
 from benchmarks.tinyworld.concepts import CONCEPTS, reference_pictures
 from benchmarks.tinyworld.look_judge import look_judge
 from benchmarks.tinyworld.small_judge import small_judge
+from benchmarks.tinyworld.studies import processes
 from engine.observe.sheet import grid
 from engine.train import loop
 from engine.train.ico import ICOOptions
@@ -216,8 +215,7 @@ def chosen_rates(tuning: Sequence[dict[str, Any]]) -> dict[str, float]:
 def run_all(tasks: Sequence[Task], folder: Path, jobs: int) -> list[dict[str, Any]]:
     """All records, in the tasks' order; ``jobs`` processes of one thread each."""
     found: dict[str, list[dict[str, Any]]] = {}
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (1,)) as pool:
+    with processes(jobs) as pool:
         futures = {pool.submit(run, task, folder): task for task in tasks}
         start = time.perf_counter()
         for future in as_completed(futures):
@@ -228,6 +226,12 @@ def run_all(tasks: Sequence[Task], folder: Path, jobs: int) -> list[dict[str, An
                 shares = {name: record[name]["mean"] for name in ("concept", "likeness", "object", "context", "layout")}
                 print("   ", record["method"], record["variant"], record["steps"], shares, flush=True)
     return [record for task in tasks for record in found[task.name]]
+
+
+def _commits(result: dict[str, Any], concepts: set[str]) -> dict[str, str]:
+    """By concept the commit that its records are of."""
+    told = result["settings"].get("commits", {})
+    return {concept: told.get(concept, result["machine"]["commit"]) for concept in concepts}
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -264,10 +268,14 @@ def main(argv: Sequence[str] | None = None) -> None:
         for method in arguments.methods
     ]
     records = run_all(tasks, arguments.out, arguments.jobs)
+    about, seconds = machine(), time.perf_counter() - start
+    commits = dict.fromkeys(arguments.concepts, about["commit"])
     if arguments.add_to is not None:
         known = {(record["trained_as"], record["concept_name"]) for record in records}
         kept = [one for one in earlier["study"] if (one["trained_as"], one["concept_name"]) not in known]
         records = [*kept, *records]
+        commits = _commits(earlier, {one["concept_name"] for one in kept}) | commits
+        seconds += earlier["settings"]["wall_seconds"]
     settings = {
         "drawing": DRAWING,
         "batch_size": BATCH_SIZE,
@@ -278,9 +286,10 @@ def main(argv: Sequence[str] | None = None) -> None:
         "jobs": arguments.jobs,
         "judge": arguments.judge,
         "judge_accuracy": judge.accuracy,
-        "wall_seconds": round(time.perf_counter() - start),
+        "wall_seconds": round(seconds),
+        "commits": commits,
     }
-    write_result(arguments.result, machine(), {"settings": settings, "tuning": tuning, "study": records})
+    write_result(arguments.result, about, {"settings": settings, "tuning": tuning, "study": records})
 
 
 if __name__ == "__main__":

@@ -105,3 +105,11 @@ def test_a_study_goes_on_from_an_earlier_one(tmp_path: Path, monkeypatch: pytest
     assert asked[1].rate == earlier["settings"]["rates"]["ico"]
     assert made["study"][:-2] == earlier["study"]
     assert made["tuning"] == earlier["tuning"]
+    commits, told = made["settings"]["commits"], earlier["settings"]["commits"]
+    assert commits == told | {"star-car": made["machine"]["commit"]}
+    assert made["settings"]["wall_seconds"] >= earlier["settings"]["wall_seconds"]
+    text = study_page.page(before, *(study_page.newest(kind) for kind in ("layout", "sweeps")))
+    others = [
+        f"{concept} at {commit[:9]}" for concept, commit in told.items() if commit != earlier["machine"]["commit"]
+    ]
+    assert all(other in text for other in others)
