@@ -65,11 +65,11 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
         "--grace-seconds", type=float, default=30.0, help="for what runs when it is told to stop (default: 30)"
     )
     parser.add_argument("--ray", action="store_true", help="draw on replicas through Ray Serve")
-    parser.add_argument("--replicas", type=int, default=1, metavar="N", help="with --ray, at least (default: 1)")
-    parser.add_argument("--most-replicas", type=int, metavar="N", help="with --ray, by how many requests wait")
-    parser.add_argument("--cpus", type=float, default=1.0, help="with --ray, of each replica (default: 1)")
-    parser.add_argument("--gpus", type=float, default=0.0, help="with --ray, of each replica (default: 0)")
-    parser.add_argument("--address", help="with --ray, of a cluster (default: one is started)")
+    parser.add_argument("--replicas", type=int, metavar="N", help="with --ray: at least (default: 1)")
+    parser.add_argument("--most-replicas", type=int, metavar="N", help="with --ray: by how many requests wait")
+    parser.add_argument("--cpus", type=float, help="with --ray: of each replica (default: 1)")
+    parser.add_argument("--gpus", type=float, help="with --ray: of each replica (default: 0)")
+    _add_address(parser)
     parser.set_defaults(run=_serve)
 
 
@@ -84,13 +84,13 @@ def _serve(arguments: argparse.Namespace) -> int:
     names = ("host", "port", "concepts", "max_rows", "max_waiting", "log_prompts", "grace_seconds")
     options = ServeOptions(**{name: getattr(arguments, name) for name in names})
     tokens, loading = read_tokens(arguments.token_file), loading_arguments(arguments)
+    names = ("replicas", "most_replicas", "cpus", "gpus", "address")
+    ray = _given_to_ray(arguments, dict(zip(names, names, strict=True)))
     sd, fleet = load(**loading), None
-    if arguments.ray:
+    if ray is not None:
         from .serve.fleet import Fleet, FleetOptions
 
-        names = ("replicas", "most_replicas", "cpus", "gpus", "max_rows", "address")
-        asked = FleetOptions(**{name: getattr(arguments, name) for name in names})
-        fleet = Fleet(sd, loading, asked, options.max_waiting)
+        fleet = Fleet(sd, loading, FleetOptions(max_rows=options.max_rows, **ray), options.max_waiting)
     print(f"http://{options.host}:{options.port}", flush=True)
     serve(sd, options, tokens, fleet)
     return 0
@@ -112,10 +112,14 @@ def add_toy(parser: argparse.ArgumentParser) -> None:
 
 def _add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--ray", action="store_true", help="work in actors of Ray, on this machine or a cluster")
-    parser.add_argument("--address", help="with --ray: of a cluster, or auto (default: one is started here)")
+    _add_address(parser)
     parser.add_argument("--actors", type=int, help="with --ray: Engines (default: 1)")
     parser.add_argument("--actor-threads", type=int, metavar="N", help="with --ray: torch's in each (default: 1)")
     parser.add_argument("--actor-gpus", type=float, metavar="N", help="with --ray: for each (default: 0)")
+
+
+def _add_address(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--address", help="with --ray: of a cluster, or auto (default: one is started here)")
 
 
 def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
@@ -155,9 +159,9 @@ def _batch(arguments: argparse.Namespace) -> int:
     from .loading import model_digest
     from .serve.bulk import read_rows, run_bulk, write_status
 
-    loading = loading_arguments(arguments)
+    loading, how = loading_arguments(arguments), _bulk(arguments)
     rows, statuses = read_rows(arguments.rows, model_digest(loading))
-    for one in run_bulk(rows, arguments.out, loading, **_bulk(arguments)):
+    for one in run_bulk(rows, arguments.out, loading, **how):
         statuses.append(one)
         if one.status == "error":
             print(f"{one.key}  {one.error}", file=sys.stderr)
@@ -224,9 +228,15 @@ def _bulk(arguments: argparse.Namespace) -> dict[str, Any]:
 def _ray(arguments: argparse.Namespace) -> dict[str, Any] | None:
     """How Ray is used; None where it is not."""
     names = {"address": "address", "actors": "actors", "actor_threads": "threads", "actor_gpus": "gpus"}
+    ray = _given_to_ray(arguments, names)
+    for name in ("actors", "threads"):
+        check_integer(name, (ray or {}).get(name, 1), 1)
+    return ray
+
+
+def _given_to_ray(arguments: argparse.Namespace, names: dict[str, str]) -> dict[str, Any] | None:
+    """What was given of some options, by the name that they go on under; None without --ray, which they belong to."""
     ray = {ours: value for name, ours in names.items() if (value := getattr(arguments, name)) is not None}
     if ray and not arguments.ray:
         raise ValueError(f"{', '.join(ray)} belongs to Ray: give --ray too, got {list(ray.values())}")
-    for name in ("actors", "threads"):
-        check_integer(name, ray.get(name, 1), 1)
     return ray if arguments.ray else None

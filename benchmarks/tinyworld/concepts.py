@@ -1,6 +1,7 @@
 """Custom concepts that ``sample_scene`` never draws: an object whose body carries a pattern."""
 
 from dataclasses import dataclass
+from typing import Any
 
 from PIL import Image
 
@@ -46,20 +47,9 @@ CONCEPTS: dict[str, Concept] = {
 }
 
 
-def draw_concept(
-    name: str,
-    background: str = "plain",
-    *,
-    size: str = "large",
-    facing: str = "right",
-    position: str = "middle",
-    extra: str = "",
-    style: str = "photo",
-    seed: int = 0,
-    side_px: int = 128,
-) -> Image.Image:
-    """Draw one concept in a context; see ``concept_scene``."""
-    return draw(concept_scene(name, background, size, facing, position, extra, style, seed), side_px)
+def draw_concept(name: str, background: str = "plain", *, side_px: int = 128, **scene: Any) -> Image.Image:
+    """Draw one concept in a context; ``scene`` as in ``concept_scene``."""
+    return draw(concept_scene(name, background, **scene), side_px)
 
 
 def concept_scene(

@@ -10,10 +10,8 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 import random
 from collections.abc import Sequence
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, replace
 from datetime import date
 from functools import cache, cached_property
@@ -21,7 +19,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -36,6 +33,7 @@ from benchmarks.tinyworld.look_judge import look_judge, overlap
 from benchmarks.tinyworld.palette import COLOURS
 from benchmarks.tinyworld.prompted import Prompted
 from benchmarks.tinyworld.scene import FACINGS, POSITIONS, SIZES, Scene, Thing, draw
+from benchmarks.tinyworld.studies import side_by_side
 from engine.evaluate.bootstrap import estimate
 from engine.observe.sheet import grid
 
@@ -192,10 +190,8 @@ def main(argv: Sequence[str] | None = None) -> None:
     for training in arguments.trainings:
         drawn = tuple(INTERVENTIONS) if training == METHOD else (METHOD,)
         tasks += [Task(concept, training, drawn, arguments.seeds) for concept in arguments.concepts]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.jobs, context, torch.set_num_threads, (1,)) as pool:
-        futures = [pool.submit(run, task, arguments.out, arguments.judges) for task in tasks]
-        records = [record for future in futures for record in future.result()]
+    calls = [(task, arguments.out, arguments.judges) for task in tasks]
+    records = [record for found in side_by_side(run, calls, arguments.jobs, n_threads=1) for record in found]
     settings = {
         "drawing": DRAWING,
         "training": {"steps": STEPS, "learning_rate": RATE, "batch_size": BATCH_SIZE, "space": "text"},

@@ -19,7 +19,7 @@ from benchmarks.tinyworld.interventions import SLOTS, Part, Residuals, slot_posi
 from benchmarks.tinyworld.scene import silhouettes
 from engine.methods.infusion import project_residual
 from engine.train import loop
-from engine.train.denoising import Noised, Noiser
+from engine.train.denoising import Noiser
 from engine.train.infusion import TEMPLATES, InfusionObjective, InfusionOptions
 
 BATCH_SIZE, STEPS, RATE = 4, 250, 0.03  # the study's batch and rate, and its second checkpoint
@@ -139,11 +139,8 @@ class _WindowNoiser(Noiser):
         n = len(self.alphas_cumprod)
         self.low, self.high = round((1 - last) * n), round((1 - first) * n)
 
-    def __call__(self, latents: Tensor, generator: torch.Generator) -> Noised:
-        timesteps = torch.randint(self.low, self.high, (len(latents),), generator=generator)
-        noise = torch.randn(latents.shape, generator=generator)
-        alpha_bar = self.alphas_cumprod[timesteps][:, None, None, None]
-        return Noised(alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise, timesteps, noise)
+    def timesteps(self, n: int, generator: torch.Generator) -> Tensor:
+        return torch.randint(self.low, self.high, (n,), generator=generator)
 
 
 def _pictures(concept: str, training: Training) -> tuple[list[Image.Image], list[Image.Image] | None]:

@@ -101,14 +101,20 @@ class Judge:
         }
 
 
-def side_by_side(study: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], jobs: int) -> Iterator[Any]:
+def processes(jobs: int, n_threads: int = 1) -> ProcessPoolExecutor:
+    """``jobs`` processes, whose torch has so many threads each."""
+    context = multiprocessing.get_context("spawn")  # a fork would copy locks of running threads
+    return ProcessPoolExecutor(jobs, context, torch.set_num_threads, (n_threads,))
+
+
+def side_by_side(
+    study: Callable[..., Any], tasks: Sequence[tuple[Any, ...]], jobs: int, n_threads: int | None = None
+) -> Iterator[Any]:
     """``study(*task)`` for every task, ``jobs`` processes at a time, as small models leave threads idle.
 
-    Each has its share of the threads. Results come in order, each as soon as it is there.
+    Each has ``n_threads``, or its share of this process' threads. Results come in order, each as soon as it is there.
     """
-    n_threads = max(1, torch.get_num_threads() // jobs)
-    context = multiprocessing.get_context("spawn")  # a fork would copy locks of running threads
-    with ProcessPoolExecutor(jobs, context, torch.set_num_threads, (n_threads,)) as pool:
+    with processes(jobs, n_threads or max(1, torch.get_num_threads() // jobs)) as pool:
         yield from pool.map(study, *zip(*tasks, strict=True))
 
 

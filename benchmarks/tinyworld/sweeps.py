@@ -9,15 +9,12 @@ from __future__ import annotations
 
 import argparse
 import json
-import multiprocessing
 from collections.abc import Callable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
 from contextlib import contextmanager
 from datetime import date
 from pathlib import Path
 from typing import Any
 
-import torch
 from PIL import Image
 
 import engine
@@ -26,6 +23,7 @@ from benchmarks.tinyworld.bench import DRAWING, study_prompts
 from benchmarks.tinyworld.concepts import CONCEPTS, reference_pictures
 from benchmarks.tinyworld.look_judge import look_judge
 from benchmarks.tinyworld.prompted import Prompted
+from benchmarks.tinyworld.studies import side_by_side
 from engine.train.ico import SCHEMES
 
 GUIDANCES = (4.0, 8.0, 12.0)
@@ -181,14 +179,12 @@ def main(argv: Sequence[str] | None = None) -> None:
     parser.add_argument("--result", type=Path, default=RESULTS / f"sweeps-{date.today().isoformat()}.json")
     arguments = parser.parse_args(argv)
     judge = look_judge(arguments.judges)
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(arguments.jobs, context, torch.set_num_threads, (1,)) as pool:
-        futures = [
-            pool.submit(run, concept, name, arguments.seeds, arguments.out, arguments.judges)
-            for name in arguments.sweeps
-            for concept in arguments.concepts
-        ]
-        records = [record for future in futures for record in future.result()]
+    calls = [
+        (concept, name, arguments.seeds, arguments.out, arguments.judges)
+        for name in arguments.sweeps
+        for concept in arguments.concepts
+    ]
+    records = [record for found in side_by_side(run, calls, arguments.jobs, n_threads=1) for record in found]
     settings = {
         "drawing": DRAWING,
         "default_drawing": DEFAULT_DRAWING,

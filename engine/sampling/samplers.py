@@ -10,7 +10,7 @@ import numpy as np
 
 from ..models.config import ScheduleConfig
 from .schedule import BY_LEVEL, PRK_STEPS, Schedule, make_schedule
-from .stochastic import dpmpp_2m_sde, dpmpp_sde, euler_ancestral, lcm, tcd
+from .stochastic import dpmpp_2m_sde, dpmpp_sde, euler_ancestral, lcm, midpoint, tcd
 from .table import SamplerTable, TableWriter
 
 
@@ -135,11 +135,7 @@ def _dpmpp_2m(schedule: Schedule, begin: int) -> SamplerTable:
     table = TableWriter(schedule, begin, n_history=1)  # the last x0
     alphas, sigmas, ratios = schedule.alphas, schedule.sigmas, schedule.sigmas / schedule.alphas
     for i in table.steps:
-        x0, _ = table.prediction(i)
-        direction = x0
-        if i > begin and i < len(schedule.timesteps) - 1:
-            h, h_last = np.log(ratios[i] / ratios[i + 1]), np.log(ratios[i - 1] / ratios[i])
-            direction = x0 + 0.5 * h / h_last * (x0 - table.slot(1))
+        x0, direction = midpoint(table, i)
         decay = ratios[i + 1] / ratios[i]  # exp(-h)
         table.write(i, [sigmas[i + 1] / sigmas[i] * table.slot(0) + alphas[i + 1] * (1 - decay) * direction, x0])
     return table.finish()

@@ -29,15 +29,24 @@ def dpmpp_2m_sde(schedule: Schedule, begin: int) -> SamplerTable:
     table = TableWriter(schedule, begin, n_history=1)  # the last x0
     alphas, sigmas, ratios = schedule.alphas, schedule.sigmas, schedule.sigmas / schedule.alphas
     for i in table.steps:
-        x0, _ = table.prediction(i)
-        direction = x0
-        if i > begin and i < len(schedule.timesteps) - 1:
-            h, h_last = np.log(ratios[i] / ratios[i + 1]), np.log(ratios[i - 1] / ratios[i])
-            direction = x0 + 0.5 * h / h_last * (x0 - table.slot(1))
+        x0, direction = midpoint(table, i)
         decay = ratios[i + 1] / ratios[i]  # exp(-h)
         x = sigmas[i + 1] / sigmas[i] * decay * table.slot(0) + alphas[i + 1] * (1 - decay**2) * direction
         table.write(i, [x, x0], sigmas[i + 1] * np.sqrt(1 - decay**2))
     return table.finish(len(table.steps))
+
+
+def midpoint(table: TableWriter, i: int) -> tuple[np.ndarray, np.ndarray]:
+    """The x0 predicted at step ``i`` of a DPM-Solver++(2M), whose slot 1 has the last one, and its midpoint.
+
+    At both ends, where there is no last one or no noise is left, the midpoint is the prediction itself.
+    """
+    schedule, (x0, _) = table.schedule, table.prediction(i)
+    if i == table.begin or i == len(schedule.timesteps) - 1:
+        return x0, x0
+    ratios = schedule.sigmas / schedule.alphas
+    h, h_last = np.log(ratios[i] / ratios[i + 1]), np.log(ratios[i - 1] / ratios[i])
+    return x0, x0 + 0.5 * h / h_last * (x0 - table.slot(1))
 
 
 def dpmpp_sde(schedule: Schedule, begin: int) -> SamplerTable:

@@ -7,23 +7,21 @@ only its answer counts, so nothing is lost or there twice.
 
 from __future__ import annotations
 
-import logging
-import threading
 import time
-from collections import Counter
 from collections.abc import AsyncIterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
 from ..checks import check_integer
 from ..engine import Engine
-from ..errors import QueueFullError, SchedulerClosedError
 from ..loading import load
 from ..options import make_options
 from ..result import Result
 from ..sampling.arguments import Options
 from ..sampling.request import make_request
+from .queue import Queue, Queued
+from .ray_bulk import start_ray
 from .scheduler import Scheduler
 
 _NAME = "twinstream"
@@ -90,22 +88,7 @@ class Replica:
             raise RuntimeError("the scheduler has ended")
 
 
-class FleetJob(Future[Result]):
-    """A request on its way; see ``job.Job``."""
-
-    def __init__(self, fleet: Fleet) -> None:
-        super().__init__()
-        self._fleet, self.has_begun = fleet, False
-
-    @property
-    def position(self) -> int | None:
-        return self._fleet.position(self)
-
-    def running(self) -> bool:
-        return self.has_begun and not self.done()
-
-
-class Fleet:
+class Fleet(Queue[Queued]):
     """Draws on many replicas; what it has in common with ``Scheduler`` is what the server calls.
 
     Args:
@@ -119,21 +102,13 @@ class Fleet:
     """
 
     def __init__(self, sd: Engine, loading: Mapping[str, Any], options: FleetOptions, max_waiting: int = 64) -> None:
-        try:
-            import ray
-            from ray import serve
-        except ImportError as error:
-            raise RuntimeError("ray[serve] is not installed; pip install 'twinstream[ray]'") from error
+        super().__init__(max_waiting)
         self.sd, self.options = sd, options
-        self.max_waiting = check_integer("max_waiting", max_waiting, 1)
-        self.counts: Counter[str] = Counter()
-        self.step_seconds = 0.0
-        self._lock, self._jobs = threading.Lock(), list[FleetJob]()
-        self._closing = False
         most = options.most_replicas or options.replicas
         self._threads = ThreadPoolExecutor(max_waiting + most * options.ongoing, "twinstream-fleet")
-        if not ray.is_initialized():
-            ray.init(address=options.address, log_to_driver=False, logging_level=logging.ERROR, include_dashboard=False)
+        start_ray(options.address)
+        from ray import serve
+
         self._serve = serve
         self.change_model(loading)
 
@@ -173,57 +148,28 @@ class Fleet:
         deadline: float | None = None,
         callback: Any = None,
         **options: Any,
-    ) -> FleetJob:
+    ) -> Queued:
         """See ``Scheduler.submit``; what the replica refuses is the job's error."""
         if deadline is not None:
             raise ValueError(f"deadline is not known to a fleet of replicas, got {deadline}")
         asked = make_options(Options, "submit", {"progress": False, "callback": callback} | options)
         request = make_request(self.sd.limits, prompt, asked)
         seeds = list(request.seeds)  # drawn here, so that a second try draws the same picture
-        with self._lock:
-            if self._closing:
-                raise SchedulerClosedError("the fleet has been closed")
-            if sum(not one.has_begun for one in self._jobs) >= self.max_waiting:
-                self.counts["refused"] += 1
-                rule = f"at most {self.max_waiting} requests may wait for their first step"
-                raise QueueFullError(f"{rule}, and so many do; try again in 1 s", 1.0)
-            job = FleetJob(self)
+        with self._changed:
+            self._check_open()
+            job = Queued(self)
             self._jobs.append(job)
         given = options | {"progress": False, "seed": seeds}
         self._threads.submit(self._run, job, prompt, client, given, callback)
         return job
 
-    def position(self, job: FleetJob) -> int | None:
-        """See ``Job.position``."""
-        with self._lock:
-            waiting = [one for one in self._jobs if not one.has_begun and not one.done()]
-            return None if job.done() else waiting.index(job) + 1 if job in waiting else 0
-
-    @property
-    def is_open(self) -> bool:
-        return not self._closing
-
-    @property
-    def waiting(self) -> int:
-        with self._lock:
-            return sum(not one.has_begun for one in self._jobs)
-
-    @property
-    def drawing(self) -> int:
-        with self._lock:
-            return sum(one.has_begun for one in self._jobs)
-
     def close(self, cancel: bool = False) -> None:
         """Take no more requests, and wait for those that are there; ``cancel`` cancels them instead."""
-        with self._lock:
-            self._closing = True
-            left = list(self._jobs) if cancel else []
-        for job in left:
-            job.cancel()
+        self._stop_taking(cancel)
         self._threads.shutdown()
         self._serve.delete(_NAME)
 
-    def _run(self, job: FleetJob, prompt: Any, client: str, options: dict[str, Any], callback: Any) -> None:
+    def _run(self, job: Queued, prompt: Any, client: str, options: dict[str, Any], callback: Any) -> None:
         """One request, on as many replicas as die of it or beside it, up to five."""
         from ray.exceptions import RayActorError, RayTaskError
 
@@ -241,7 +187,7 @@ class Fleet:
             except Exception as error:
                 outcome = error
                 break
-        with self._lock:
+        with self._changed:
             self._jobs.remove(job)
         if not job.set_running_or_notify_cancel():
             self.counts["cancelled"] += 1
@@ -252,7 +198,7 @@ class Fleet:
             self.counts["failed"] += 1
             job.set_exception(outcome or RuntimeError("the replica gave no result"))
 
-    def _draw(self, job: FleetJob, prompt: Any, client: str, options: dict[str, Any], callback: Any) -> Result | None:
+    def _draw(self, job: Queued, prompt: Any, client: str, options: dict[str, Any], callback: Any) -> Result | None:
         answers: Any = self._handle.options(stream=True).draw.remote(prompt, client, options)
         for answer in answers:
             if job.cancelled():

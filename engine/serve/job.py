@@ -3,14 +3,14 @@
 from __future__ import annotations
 
 from collections.abc import Hashable
-from concurrent.futures import Future, InvalidStateError
+from concurrent.futures import InvalidStateError
 from dataclasses import dataclass
 from typing import TYPE_CHECKING
 
 from ..observe.progress import StageClock, Steps
-from ..result import Result
 from ..sampling.loop import Denoising
 from ..sampling.request import Request
+from .queue import Queued
 
 if TYPE_CHECKING:
     from .scheduler import Scheduler
@@ -25,7 +25,7 @@ class Phase:
     mixing: Hashable
 
 
-class Job(Future[Result]):
+class Job(Queued):
     """A submitted request.
 
     ``result()`` waits for the pictures, or raises what ``generate`` would; ``cancel()`` ends it between two steps,
@@ -42,17 +42,12 @@ class Job(Future[Result]):
         due: float | None,
         clock: StageClock,
     ) -> None:
-        super().__init__()
+        super().__init__(scheduler)
         self.request, self.client, self.due, self.clock = request, client, due, clock
         self.denoising: Denoising | None = None
         self.steps: Steps | None = None
-        self.has_begun, self.began = False, 0.0
+        self.began = 0.0
         self._scheduler, self._phases = scheduler, phases
-
-    @property
-    def position(self) -> int | None:
-        """1 for the request that begins next, and so on; 0 while it is being drawn, None when it is done."""
-        return self._scheduler.position(self)
 
     def cancel(self) -> bool:
         """End it; False if it is done already. Its rows are free at the next step."""
@@ -60,9 +55,6 @@ class Job(Future[Result]):
         if cancelled:
             self._scheduler.wake()
         return cancelled
-
-    def running(self) -> bool:
-        return self.has_begun and not self.done()
 
     @property
     def records(self) -> bool:

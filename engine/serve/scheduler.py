@@ -9,7 +9,6 @@ from __future__ import annotations
 import math
 import threading
 import time
-from collections import Counter
 from collections.abc import Hashable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
@@ -20,7 +19,7 @@ from tqdm import tqdm
 from ..backends.graphs import beside
 from ..checks import check_integer, check_number
 from ..engine import Engine
-from ..errors import DeadlineError, QueueFullError, SchedulerClosedError
+from ..errors import DeadlineError
 from ..methods.concept_cache import Texts
 from ..observe.progress import StageClock, Steps
 from ..options import make_options, takes
@@ -32,11 +31,12 @@ from ..sampling.request import Request, make_request
 from .job import Job, Phase
 from .pace import Budgets, Pace
 from .policy import Candidate, catch_up, choose
+from .queue import Queue
 
 _MOST_DECODING = 8  # requests that wait for the VAE; more would hold their texts' keys and values for nothing
 
 
-class Scheduler:
+class Scheduler(Queue[Job]):
     """Draws the requests of many callers in shared batches; a context manager that waits for them at its end.
 
     A picture does not depend on what it shared a batch with, beyond rounding. A request that fails fails alone.
@@ -52,16 +52,11 @@ class Scheduler:
     """
 
     def __init__(self, sd: Engine, max_rows: int | None = None, max_waiting: int = 64) -> None:
+        super().__init__(max_waiting)
         self.sd = sd
-        self.max_waiting = check_integer("max_waiting", max_waiting, 1)
-        self.counts: Counter[str] = Counter()  # "done", "failed", "cancelled", "refused"; "steps" and their "rows"
-        self.step_seconds = 0.0
-        self._changed = threading.Condition()
-        self._jobs: list[Job] = []  # that wait for steps, in the order in which they came
-        self._decoding = 0
+        self._decoding = 0  # requests that have taken their steps, and are no longer among the jobs
         self._served: dict[str, float] = {}
         self._budgets = Budgets(sd, None if max_rows is None else check_integer("max_rows", max_rows, 1))
-        self._closing = False
         self._stepper = sd.stepper(exactly if sd.graphs is None else bucket)
         self._stages = ThreadPoolExecutor(1, "twinstream-decode")
         side = sd.limits.sample_size * sd.limits.factor
@@ -125,37 +120,15 @@ class Scheduler:
         finally:
             job.cancel()  # where waiting was interrupted
 
-    def position(self, job: Job) -> int | None:
-        """See ``Job.position``."""
-        with self._changed:
-            waiting = [one for one in self._jobs if not one.has_begun and not one.done()]
-            return None if job.done() else waiting.index(job) + 1 if job in waiting else 0
-
-    @property
-    def waiting(self) -> int:
-        """How many requests wait for their first step."""
-        with self._changed:
-            return sum(not one.has_begun for one in self._jobs)
-
-    @property
-    def is_open(self) -> bool:
-        """Whether it takes requests."""
-        return not self._closing
-
     @property
     def drawing(self) -> int:
         """How many requests are being drawn or decoded."""
         with self._changed:
-            return sum(one.has_begun for one in self._jobs) + self._decoding
+            return super().drawing + self._decoding
 
     def close(self, cancel: bool = False) -> None:
         """Take no more requests, and wait for those that are there; ``cancel`` cancels them instead."""
-        with self._changed:
-            self._closing = True
-            left = list(self._jobs) if cancel else []
-            self._changed.notify_all()
-        for job in left:
-            job.cancel()
+        self._stop_taking(cancel)
         self._thread.join()
         self._stages.shutdown()
 
@@ -169,16 +142,6 @@ class Scheduler:
         """Look at the jobs again; one was cancelled."""
         with self._changed:
             self._changed.notify_all()
-
-    def _check_open(self) -> None:
-        """Refuse where a request cannot be taken."""
-        if self._closing:
-            raise SchedulerClosedError("the scheduler has been closed: make another, or submit before it is")
-        if sum(not one.has_begun for one in self._jobs) >= self.max_waiting:
-            self.counts["refused"] += 1
-            rule = f"at most {self.max_waiting} requests may wait for their first step"
-            after = self._seconds_to_room()
-            raise QueueFullError(f"{rule}, and so many do; try again in {after:.2g} s", after)
 
     @torch.no_grad()
     def _phases(self, request: Request) -> tuple[Phase, ...]:

@@ -37,11 +37,14 @@ class Noiser:
         self.alphas_cumprod = torch.from_numpy(alphas_cumprod(sd.schedule)).float().to(sd.device)
 
     def __call__(self, latents: Tensor, generator: torch.Generator) -> Noised:
-        timesteps = torch.randint(0, len(self.alphas_cumprod), (len(latents),), generator=generator)
-        timesteps = timesteps.to(latents.device)
+        timesteps = self.timesteps(len(latents), generator).to(latents.device)
         noise = torch.randn(latents.shape, generator=generator).to(latents.device)
         alpha_bar = self.alphas_cumprod[timesteps][:, None, None, None]
         return Noised(alpha_bar.sqrt() * latents + (1 - alpha_bar).sqrt() * noise, timesteps, noise)
+
+    def timesteps(self, n: int, generator: torch.Generator) -> Tensor:
+        """(n,) int64."""
+        return torch.randint(0, len(self.alphas_cumprod), (n,), generator=generator)
 
 
 def weighted_mean(error: Tensor, weights: Tensor | None) -> Tensor:

@@ -46,8 +46,11 @@ class Checkpoint:
         found = hashlib.sha256(repr(configs).encode())
         weights = dict.fromkeys(file.path for part in (self.unet, self.vae, self.text) for file in part.files)
         for path in (*weights, *sorted(path for path in self.tokenizer.iterdir() if path.is_file())):
+            own = hashlib.sha256()  # hashlib.file_digest came with Python 3.11
             with path.open("rb") as file:
-                found.update(hashlib.file_digest(file, "sha256").digest())
+                while part := file.read(1 << 20):
+                    own.update(part)
+            found.update(own.digest())
         return found.hexdigest()
 
 

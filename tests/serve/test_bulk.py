@@ -78,6 +78,25 @@ def test_a_rerun_draws_what_is_missing(tmp_path: Path, monkeypatch: pytest.Monke
         assert again[row.key].sha256 == before[row.key]
 
 
+def test_a_batch_that_is_painted_again_tells_what_is_there(tmp_path: Path) -> None:
+    """As when an actor has died in it; the driver did not see those pictures."""
+    rows, painter = _rows(3), Painter(tmp_path, {})
+    (first,) = painter(rows[1:2])
+    again = painter(rows)
+    assert [(one.key, one.status) for one in again] == [
+        (row.key, status) for row, status in zip(rows, ("drawn", "there", "drawn"), strict=True)
+    ]
+    assert again[1].sha256 == first.sha256
+
+
+@pytest.mark.parametrize(
+    "command", [["batch", "rows.jsonl", "--actors", "2"], ["serve", "--replicas", "2"], ["serve", "--gpus", "0.5"]]
+)
+def test_options_of_ray_are_refused_without_it(command: list[str], capsys: pytest.CaptureFixture[str]) -> None:
+    assert main(command) != 0
+    assert f"{command[-2].strip('-')} belongs to Ray: give --ray too, got [" in capsys.readouterr().err
+
+
 def test_a_run_that_dies_leaves_whole_pictures(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     rows, written = _rows(4), []
 

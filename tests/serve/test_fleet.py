@@ -148,7 +148,7 @@ def test_cancelling_positions_full_queues_and_closing(small: engine.Engine, make
         jobs[0].result(60)
     fleet.close()
     assert fleet.counts == {"refused": 1, "cancelled": 1, "done": 1}
-    with pytest.raises(SchedulerClosedError):
+    with pytest.raises(SchedulerClosedError, match="the fleet has been closed"):
         fleet.submit(PROMPT, **QUICK)
 
 

@@ -312,6 +312,20 @@ def test_nothing_is_held_when_all_is_done(scheduler: Scheduler) -> None:
     assert len(scheduler._served) <= 1
 
 
+def test_a_size_is_prepared_once_when_it_comes(small: engine.Engine, monkeypatch: pytest.MonkeyPatch) -> None:
+    from engine.serve import pace
+
+    prepared: list[tuple[int, int]] = []
+    monkeypatch.setattr(pace, "profile", lambda _sd, *size: (prepared.append(size) or 4, Pace()))
+    side = small.limits.sample_size * small.limits.factor
+    with Scheduler(small) as scheduler:
+        assert scheduler._budgets.rows == {(side, side): 4}
+        for _ in range(2):
+            scheduler.submit(PROMPT, seed=0, height=24, width=8, **QUICK).result(60)
+        assert scheduler._budgets.rows == {(side, side): 4, (24, 8): 4}
+    assert prepared == [(side, side), (24, 8)]
+
+
 def test_pace_is_a_line_through_what_was_seen() -> None:
     pace = Pace()
     assert pace.seconds(4) == 0.0

@@ -80,6 +80,11 @@ def test_models_of_the_same_names_are_told_by_their_text(
             "belong to no layer .*unet_nothing",
         ),
         (lambda t: t.update({f"{_LAYER}.lora_up.bias": torch.zeros(2)}), r"no part of a LoRA: .*lora_up\.bias"),
+        (lambda t: t.update({f"unknown{i}": torch.zeros(1) for i in range(3)}), "unknown0, unknown1, unknown2$"),
+        (
+            lambda t: t.update({f"unknown{i}": torch.zeros(1) for i in range(4)}),
+            "unknown0, unknown1, unknown2 and 1 more$",
+        ),
         (
             lambda t: t.update({f"unknown{i}": torch.zeros(1) for i in range(5)}),
             "unknown0, unknown1, unknown2 and 2 more",

@@ -14,7 +14,6 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...result import A1111_SAMPLERS, A1111_SCHEDULES
-from .book import base64_of
 from .errors import ERRORS
 from .own import preview_of
 from .service import Service
@@ -89,7 +88,7 @@ def make_router(service: Service) -> APIRouter:
         image = body.init_images[0] if isinstance(body, Img2Img) else None
         entry = await service.start(body.prompt, _options(service, body), client=request.state.client, image=image)
         out = await service.result(request, entry)
-        pictures = await asyncio.to_thread(lambda: [base64_of(entry.picture(i)) for i in range(len(out.images))])
+        pictures = await asyncio.to_thread(entry.pictures_base64)
         info = {
             "prompt": body.prompt,
             "negative_prompt": body.negative_prompt or "",
@@ -143,7 +142,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/sd-models")
     async def models() -> list[dict[str, Any]]:
-        name = service.sd.name.rstrip("/").rsplit("/", 1)[-1]
+        name = service.model_name
         return [{"title": name, "model_name": name, "filename": name, "hash": None, "sha256": None, "config": None}]
 
     @router.get("/loras")
@@ -214,8 +213,7 @@ def _acts(given: Any) -> bool:
 
 
 def _server_options(service: Service) -> dict[str, Any]:
-    name = service.sd.name.rstrip("/").rsplit("/", 1)[-1]
-    return {"sd_model_checkpoint": name, "CLIP_stop_at_last_layers": 1, "samples_format": "png"}
+    return {"sd_model_checkpoint": service.model_name, "CLIP_stop_at_last_layers": 1, "samples_format": "png"}
 
 
 def _check_options(service: Service, given: dict[str, Any]) -> None:

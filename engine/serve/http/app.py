@@ -19,12 +19,12 @@ from starlette.exceptions import HTTPException
 
 from ...version import __version__
 from . import a1111, openai, own
+from .book import FORMATS
 from .errors import ERRORS, answer, describe
 from .guard import Guard
 from .service import GoneError, Service
 
 _PAGE = Path(__file__).parent / "page"
-_PICTURE_TYPES = {"png": "image/png", "jpeg": "image/jpeg", "webp": "image/webp"}
 
 
 def make_app(
@@ -109,10 +109,10 @@ def _add_rest(app: FastAPI, service: Service) -> None:
         """A picture that an answer gave the address of."""
         number, _, form = file.partition(".")
         entry = service.book.find(job)
-        if form not in _PICTURE_TYPES or not number.isdecimal() or len(number) > 3 or entry.status != "done":
+        if form not in FORMATS or not number.isdecimal() or len(number) > 3 or entry.status != "done":
             raise LookupError(f"there is no picture {file!r} of that job")
         data = await asyncio.to_thread(entry.picture, int(number), form)
-        return Response(data, media_type=_PICTURE_TYPES[form])
+        return Response(data, media_type=f"image/{form}")
 
     for path, file in (("/", "index.html"), ("/page.js", "page.js"), ("/page.css", "page.css")):
         app.add_api_route(path, _file(file), include_in_schema=False, response_class=FileResponse)

@@ -17,10 +17,7 @@ from torch import Tensor
 
 from ...observe.progress import Callback
 from ...result import Result
-from ..fleet import FleetJob
-from ..job import Job
-
-AnyJob = Job | FleetJob
+from ..queue import Queued
 
 FORMATS = {"png": "PNG", "jpeg": "JPEG", "webp": "WEBP"}
 
@@ -47,10 +44,10 @@ class Entry:
     watchers: list[Callable[[], None]] = field(default_factory=list)
     ended: float | None = None
     pictures: dict[tuple[int, str, bool], bytes] = field(default_factory=dict)
-    submitted: AnyJob | None = None
+    submitted: Queued | None = None
 
     @property
-    def job(self) -> AnyJob:
+    def job(self) -> Queued:
         """The scheduler's."""
         assert self.submitted is not None
         return self.submitted
@@ -66,6 +63,10 @@ class Entry:
         if self.job.done():
             return "cancelled" if self.job.cancelled() else "failed" if self.job.exception() else "done"
         return "drawing" if self.job.running() else "waiting"
+
+    def pictures_base64(self, form: str = "png") -> list[str]:
+        """All pictures of a finished job, in base64."""
+        return [base64_of(self.picture(i, form)) for i in range(len(self.job.result(0).images))]
 
     def picture(self, i: int, form: str = "png", foundation: bool = False) -> bytes:
         """A picture of a finished job as the bytes of a file; a PNG holds its settings."""
@@ -92,7 +93,7 @@ class Book:
         self._entries: dict[str, Entry] = {}
         self._lock = threading.Lock()
 
-    def add(self, name: str | None, digest: str, submit: Callable[[Callback], AnyJob]) -> Entry:
+    def add(self, name: str | None, digest: str, submit: Callable[[Callback], Queued]) -> Entry:
         """The entry of that id, made by ``submit(callback)`` unless it is there: asking twice draws once.
 
         Raises:
@@ -134,7 +135,7 @@ class Book:
         self._entries = {name: entry for name, entry in self._entries.items() if name not in late}
 
 
-def _submitted(entry: Entry, submit: Callable[[Callback], AnyJob]) -> Entry:
+def _submitted(entry: Entry, submit: Callable[[Callback], Queued]) -> Entry:
     entry.submitted = submit(entry.on_step)
     return entry
 
@@ -150,6 +151,6 @@ def base64_of(data: bytes) -> str:
     return base64.b64encode(data).decode("ascii")
 
 
-def failure(job: AnyJob) -> BaseException | None:
+def failure(job: Queued) -> BaseException | None:
     """What a finished job failed with; cancelling counts."""
     return CancelledError("the request was cancelled") if job.cancelled() else job.exception()

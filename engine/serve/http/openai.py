@@ -114,8 +114,8 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/models/{name:path}")
     async def model(name: str) -> dict[str, Any]:
-        if name != _model_name(service):
-            raise LookupError(f"model must be {_model_name(service)!r}, got {name!r}")
+        if name != service.model_name:
+            raise LookupError(f"model must be {service.model_name!r}, got {name!r}")
         return _model(service)
 
     return router
@@ -135,7 +135,7 @@ async def _draw(service: Service, request: Request, body: ImagesRequest, image: 
         base = str(request.base_url).rstrip("/")
         data = [{"url": f"{base}/v1/pictures/{entry.id}/{i}.{form}"} for i in range(len(out.images))]
     else:
-        pictures = await asyncio.to_thread(_pictures, entry, out, form)
+        pictures = await asyncio.to_thread(entry.pictures_base64, form)
         data = [{"b64_json": picture} for picture in pictures]
     return JSONResponse({"created": int(time.time()), "data": data} | _facts(out, form))
 
@@ -143,8 +143,8 @@ async def _draw(service: Service, request: Request, body: ImagesRequest, image: 
 def _options(service: Service, body: ImagesRequest) -> dict[str, Any]:
     """Options of ``generate`` and of the customisation, from OpenAI's names and ours."""
     more = dict(body.model_extra or {})
-    if body.model not in (None, _model_name(service)):
-        raise LookupError(f"model must be {_model_name(service)!r}, got {body.model!r}")
+    if body.model not in (None, service.model_name):
+        raise LookupError(f"model must be {service.model_name!r}, got {body.model!r}")
     for name, neutral in _NEUTRAL.items():
         if name in more and more.pop(name) not in neutral:
             asked = (body.model_extra or {})[name]
@@ -176,7 +176,7 @@ async def _events(service: Service, entry: Entry, body: ImagesRequest, kind: str
         yield event("error", {"type": "error"} | describe(error)[1])
         return
     out = entry.job.result(0)
-    (picture,) = await asyncio.to_thread(_pictures, entry, out, form)
+    (picture,) = await asyncio.to_thread(entry.pictures_base64, form)
     facts = {"type": f"{kind}.completed", "b64_json": picture, "usage": _USAGE}
     yield event(facts["type"], facts | _about(body, form) | _facts(out, form))
 
@@ -202,10 +202,6 @@ def _facts(out: Result, form: str) -> dict[str, Any]:
     }
 
 
-def _pictures(entry: Entry, out: Result, form: str) -> list[str]:
-    return [base64_of(entry.picture(i, form)) for i in range(len(out.images))]
-
-
 def _number(name: str, value: str) -> Any:
     """A form's field, which is text, as what JSON would have it."""
     if name not in ("n", "partial_images", "stream", "steps", "guidance_scale", "eta", "seed", "strength"):
@@ -220,10 +216,6 @@ def _number(name: str, value: str) -> Any:
     return value
 
 
-def _model_name(service: Service) -> str:
-    return service.sd.name.rstrip("/").rsplit("/", 1)[-1]
-
-
 def _model(service: Service) -> dict[str, Any]:
     facts: Mapping[str, Any] = {"object": "model", "created": int(service.started), "owned_by": "twinstream"}
-    return {"id": _model_name(service), **facts}
+    return {"id": service.model_name, **facts}

@@ -161,7 +161,7 @@ def result_of(entry: Entry, out: Result, form: str) -> dict[str, Any]:
     there = [out.foundation_images is not None and out.foundation_images[i] is not None for i in range(n)]
     return {
         "id": entry.id,
-        "images": [base64_of(entry.picture(i, form)) for i in range(n)],
+        "images": entry.pictures_base64(form),
         "foundation_images": [base64_of(entry.picture(i, form, True)) if there[i] else None for i in range(n)],
         "format": form,
         "seeds": out.seeds,

@@ -12,7 +12,7 @@ import time
 import warnings
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Mapping
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from typing import Any
 
 from PIL import Image, UnidentifiedImageError
@@ -21,10 +21,10 @@ from starlette.requests import Request
 from ...methods.asked import take_asked
 from ...observe.progress import Callback
 from ...result import Result
-from ...sampling.arguments import Options
 from ..fleet import Fleet
+from ..queue import Queued
 from ..scheduler import Scheduler
-from .book import AnyJob, Book, Entry, failure
+from .book import Book, Entry, failure
 from .previews import Previews
 from .shelf import Shelf
 
@@ -75,6 +75,11 @@ class Service:
         self.requests: Counter[tuple[str, int]] = Counter()
         self.seconds = defaultdict[str, float](float)
 
+    @property
+    def model_name(self) -> str:
+        """As clients know it: the last part of what it was loaded from."""
+        return self.sd.name.rstrip("/").rsplit("/", 1)[-1]
+
     async def start(
         self,
         prompt: str | list[str],
@@ -101,7 +106,7 @@ class Service:
         decides = json.dumps([prompt, dict(given), image], sort_keys=True)
         digest = hashlib.sha256(decides.encode()).hexdigest()
 
-        def submit(on_step: Callback) -> AnyJob:
+        def submit(on_step: Callback) -> Queued:
             values = dict(given)
             asked = take_asked(values)
             self._check_limits(prompt, values)
@@ -179,11 +184,6 @@ class Service:
         ):
             if value > most:
                 raise ValueError(f"{name} must be at most {most} on this server, got {value}")
-
-
-def default_of(name: str) -> Any:
-    """Of an option of ``generate``."""
-    return next(one.default for one in fields(Options) if one.name == name)
 
 
 def _number(value: Any, otherwise: int) -> int:
