@@ -40,9 +40,9 @@ def _soak(soak: dict[str, Any]) -> str:
     found = soak["outcomes"]
     return (
         f"A soak of {soak['minutes']:g} min at a load of 0.8, a tenth cancelled and a twentieth bad: of "
-        f"{soak['submitted']} requests {found['drawn']} were drawn, {found['cancelled']} cancelled, {found['bad']} refused as bad, "
-        f"{found['refused']} for a full queue, and of {found['wrong']} something else became; memory changed by "
-        f"{100 * soak['memory_growth_last_half']:+.1f} % over the last half."
+        f"{soak['submitted']} requests {found['drawn']} were drawn, {found['cancelled']} cancelled, {found['bad']} "
+        f"refused as bad, {found['refused']} for a full queue, and of {found['wrong']} something else became; memory "
+        f"changed by {100 * soak['memory_growth_last_half']:+.1f} % over the last half."
     )
 
 
