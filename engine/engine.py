@@ -4,19 +4,16 @@ from __future__ import annotations
 
 import time
 from collections.abc import Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any
 
-import numpy as np
 import torch
-from PIL import Image
 from torch import Tensor
 from tqdm import tqdm
 
 from .backends.graphs import CAPTURING, Graphs, Run, Warmup, run_eagerly
 from .backends.ops import Ops
-from .errors import NonFiniteError, OutOfMemoryError
+from .errors import OutOfMemoryError
 from .methods.concept_cache import ConceptCache, Texts
 from .methods.lora import LoRA, apply_loras
 from .models.config import ScheduleConfig
@@ -31,6 +28,7 @@ from .sampling.arguments import Options
 from .sampling.join import Size, exactly
 from .sampling.loop import Denoising, Stepper, denoise, start_denoising
 from .sampling.out_of_memory import check_memory, out_of_memory, with_retry
+from .sampling.pictures import foundation_pictures, to_pictures
 from .sampling.plan import make_plans
 from .sampling.request import ModelLimits, Request, make_request
 from .sampling.start import start
@@ -118,11 +116,11 @@ class Engine:
 
     def finish(self, request: Request, denoising: Denoising, clock: StageClock, cancelled: bool = False) -> Result:
         """The stages of ``generate`` after the loop."""
-        _check_finite(denoising)
+        denoising.check_finite()
         recorder, mask_recorder = denoising.recorder, denoising.mask_recorder
         with clock("decode"):
-            images = [] if cancelled else self._pictures(request, denoising.pictures)
-            foundation_images = [] if cancelled else self._foundation_pictures(request, denoising)
+            images = [] if cancelled else to_pictures(self._vae, request.options, denoising.pictures)
+            foundation_images = [] if cancelled else foundation_pictures(self._vae, request.options, denoising)
         return Result(
             images=images,
             foundation_images=foundation_images,
@@ -130,7 +128,7 @@ class Engine:
             attention=None if recorder is None else recorder.result(),
             masks=None if mask_recorder is None else mask_recorder.result(len(request.seeds)),
             seeds=list(request.seeds),
-            settings=self._settings(request),
+            settings=request.settings() | self._about(),
             timings=clock.seconds(),
             cancelled=cancelled,
         )
@@ -174,6 +172,16 @@ class Engine:
         """Tells base models apart; see ``methods.fingerprint``."""
         return self.concepts.fingerprint
 
+    def _about(self) -> dict[str, Any]:
+        """What of the model a result's settings name."""
+        return {
+            "model": self.name,
+            "loras": [lora.settings() for lora in self.loras],
+            "device": str(self.device),
+            "dtype": str(self.dtype).removeprefix("torch."),
+            "backend": self.backend.name,
+        }
+
     def _denoise(self, request: Request, denoising: Denoising, steps: Steps) -> None:
         try:
             return denoise(self.stepper(), denoising, steps)
@@ -194,52 +202,9 @@ class Engine:
         with CAPTURING:
             torch.cuda.empty_cache()
 
-    def _pictures(self, request: Request, x: Tensor) -> Any:
-        options = request.options
-        if options.output == "latent":
-            return x
-        decoded = self._vae.decode(x / self.vae.config.scaling_factor, options.vae_slicing, options.vae_tiling)
-        pixels = (decoded / 2 + 0.5).clamp(0, 1).permute(0, 2, 3, 1).float().cpu().numpy()
-        if options.output == "numpy":
-            return pixels
-        return [Image.fromarray((picture * 255).round().astype(np.uint8)) for picture in pixels]
-
-    def _foundation_pictures(self, request: Request, denoising: Denoising) -> list[Any] | None:
-        """The picture of each image's foundation, None where it has none; each trajectory is decoded once."""
-        plan, x = denoising.plan, denoising.x
-        distinct = [trajectory for trajectory in dict.fromkeys(plan.foundations) if trajectory is not None]
-        if not distinct:
-            return None
-        pictures = dict(zip(distinct, self._pictures(request, x[distinct]), strict=True))
-        return [None if trajectory is None else pictures[trajectory] for trajectory in plan.foundations]
-
     def _recorders(self, request: Request) -> tuple[Recorder | None, MaskRecorder | None]:
         options, (height, width) = request.options, request.size
         size = height // self.limits.factor, width // self.limits.factor
         n_heads = {name: attn2.n_heads for name, attn2 in self.unet.cross_attentions.items()}
         recorder = Recorder(options.attention_words, n_heads, size) if options.attention_words else None
         return recorder, MaskRecorder(list(n_heads), size) if options.record_masks else None
-
-    def _settings(self, request: Request) -> dict[str, Any]:
-        return {
-            "prompts": list(request.prompts),
-            "negative_prompts": list(request.negative_prompts),
-            "seeds": list(request.seeds),
-            "customizations": [None if one is None else one.settings() for one in request.customizations],
-            **{one.name: getattr(request.options, one.name) for one in fields(Options) if one.metadata["setting"]},
-            "strength": None if request.image is None else request.options.strength,
-            "given_latents": request.latents is not None,
-            "model": self.name,
-            "loras": [lora.settings() for lora in self.loras],
-            "device": str(self.device),
-            "dtype": str(self.dtype).removeprefix("torch."),
-            "backend": self.backend.name,
-        }
-
-
-def _check_finite(denoising: Denoising) -> None:
-    if not denoising.finite.all():
-        i = int((~denoising.finite).nonzero()[0])
-        timestep = float(denoising.timetable.table.timesteps[i])
-        where = f"at step {i} of {len(denoising)} (timestep {timestep:g})"
-        raise NonFiniteError(f"the UNet produced NaN or infinity {where}")

@@ -12,6 +12,7 @@ import torch
 from torch import Tensor
 
 from ..backends.graphs import Run, run_eagerly
+from ..errors import NonFiniteError
 from ..models.unet import UNet2DConditionModel
 from ..observe.masks import MaskRecorder
 from ..observe.word_maps import Recorder
@@ -69,6 +70,13 @@ class Denoising:
         """The plan of the next step."""
         ends = list(accumulate(plan.steps for plan in self.plans))
         return self.plans[bisect_right(ends, self.taken)]
+
+    def check_finite(self) -> None:
+        """Raise ``NonFiniteError`` where latents were not, naming the first such step."""
+        if not self.finite.all():
+            i = int((~self.finite).nonzero()[0])
+            where = f"at step {i} of {len(self)} (timestep {float(self.timetable.table.timesteps[i]):g})"
+            raise NonFiniteError(f"the UNet produced NaN or infinity {where}")
 
     def enter_step(self) -> RowPlan:
         """``next_plan``; where it begins a phase, trajectories go on from those of the one before."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import secrets
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, fields, replace
 from typing import Any
 
 import numpy as np
@@ -65,6 +65,18 @@ class Request:
         assert self.options.height is not None
         assert self.options.width is not None
         return self.options.height, self.options.width
+
+    def settings(self) -> dict[str, Any]:
+        """How a result describes it, JSON-serialisable; pictures and latents are not included."""
+        return {
+            "prompts": list(self.prompts),
+            "negative_prompts": list(self.negative_prompts),
+            "seeds": list(self.seeds),
+            "customizations": [None if one is None else one.settings() for one in self.customizations],
+            **{one.name: getattr(self.options, one.name) for one in fields(Options) if one.metadata["setting"]},
+            "strength": None if self.image is None else self.options.strength,
+            "given_latents": self.latents is not None,
+        }
 
 
 def make_request(limits: ModelLimits, prompt: str | Sequence[str], options: Options) -> Request:
