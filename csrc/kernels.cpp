@@ -1,9 +1,7 @@
 // The C interface. setup.py compiles this file into a library per instruction set, and engine/backends/native.py loads the best
 // one that the processor runs. ``is_bfloat16`` says what pointers without a type point at; else it is float.
-#include "attention.h"
+#include "blocks.h"
 #include "dbim.h"
-#include "geglu.h"
-#include "norms.h"
 #include "residual.h"
 #include "winograd.h"
 
@@ -31,7 +29,7 @@ T* to(void* p, T) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int twinstream_abi() { return 3; }
+EXPORT int twinstream_abi() { return 4; }
 
 // The best of 2 (AVX-512 with bfloat16 products), 1 (AVX2 with FMA) and 0 (baseline) that this processor runs.
 EXPORT int twinstream_level() {
@@ -102,4 +100,35 @@ EXPORT void twinstream_geglu(int is_bfloat16, const void* x, void* out, int64_t 
 EXPORT void twinstream_conv3x3(const float* x, const float* weights, const float* bias, float* out,
                                const ConvolutionSizes* n, int64_t threads) {
   conv3x3(x, weights, bias, out, *n, threads);
+}
+
+EXPORT int64_t twinstream_packed_bytes(int is_bfloat16, int64_t N, int64_t K) {
+  return with_type(is_bfloat16, [=](auto t) { return Panels<decltype(t)>(N, K).bytes(); });
+}
+
+EXPORT void twinstream_pack(int is_bfloat16, const void* weight, void* packed, int64_t N, int64_t K) {
+  with_type(is_bfloat16, [=](auto t) {
+    const Panels<decltype(t)> panels(N, K);
+    panels.pack(in(weight, t), static_cast<typename Panels<decltype(t)>::E*>(packed));
+  });
+}
+
+EXPORT void twinstream_pack_filtered(const float* weight, float* packed, int64_t N, int64_t C) {
+  pack_filtered(weight, packed, N, C);
+}
+
+EXPORT void twinstream_resnet(int is_bfloat16, const ResnetBlock* n) {
+  with_type(is_bfloat16, [=](auto t) { Typed<decltype(t)>::resnet(*n); });
+}
+
+EXPORT void twinstream_convolve(int is_bfloat16, const Convolution* n) {
+  with_type(is_bfloat16, [=](auto t) { Typed<decltype(t)>::convolve(*n); });
+}
+
+EXPORT void twinstream_attend(int is_bfloat16, const AttentionBlock* n) {
+  with_type(is_bfloat16, [=](auto t) { Typed<decltype(t)>::attend(*n); });
+}
+
+EXPORT void twinstream_feed_forward(int is_bfloat16, const FeedForwardBlock* n) {
+  with_type(is_bfloat16, [=](auto t) { Typed<decltype(t)>::feed_forward(*n); });
 }
