@@ -92,4 +92,6 @@ def serving(ops: Ops, device: torch.device) -> dict[str, str]:
         else:
             what = name
         found[op.name] = f"{ops.name}: {what}"
+    if ops.small is not None:
+        found["small blocks"] = f"{ops.name}: {ops.small.limits}, in one call each"
     return found

@@ -84,6 +84,8 @@ class SmallBlocks:
             function.argtypes, function.restype = types, c_int64 if name == "packed_bytes" else None
         self._packed: Any = WeakTensorKeyDictionary()  # version and packed weight, as long as the weight lives
 
+    limits = f"up to {_MAX_CHANNELS} channels and {_MAX_POSITIONS} positions a picture"
+
     @staticmethod
     def fit(positions: int, *channels: int) -> bool:
         """Whether blocks of so many positions of a picture, and channels in and out, are small; whatever the batch."""
