@@ -120,7 +120,7 @@ struct Typed {
     const int64_t width = n.keys ? C : 3 * C;  // of what ``into`` gives
     const auto normed = room(rows * C), projected = room(rows * width);
     const AttentionSizes sizes{n.B, n.N, n.S, n.H, n.D, width, n.keys ? C : width, n.keys ? C : width};
-    const std::unique_ptr<char[]> scratch(new char[twinstream::Attention<T>(sizes).scratch_bytes()]);
+    const std::unique_ptr<char[]> scratch(new char[attention_scratch<T>(sizes)]);
     layer_norm(of(n.x), of(n.norm.weight), of(n.norm.bias), normed.get(), rows, C, n.eps);
     linear(normed.get(), C, width, packed(n.into), of(n.into.bias), (const T*)nullptr, projected.get(), rows, n.threads);
     const T* keys = n.keys ? of(n.keys) : projected.get() + C;

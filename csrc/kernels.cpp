@@ -5,6 +5,12 @@
 #include "residual.h"
 #include "winograd.h"
 
+#if defined(__x86_64__) && defined(__linux__)
+#include <cpuid.h>
+#include <sys/syscall.h>
+#include <unistd.h>
+#endif
+
 using namespace twinstream;
 
 namespace {
@@ -29,15 +35,29 @@ T* to(void* p, T) {
 
 #define EXPORT extern "C" __attribute__((visibility("default")))
 
-EXPORT int twinstream_abi() { return 4; }
+EXPORT int twinstream_abi() { return 5; }
 
-// The best of 2 (AVX-512 with bfloat16 products), 1 (AVX2 with FMA) and 0 (baseline) that this processor runs.
+// Whether this processor has tiles of bfloat16, and the kernel lets this process use them.
+static bool has_tiles() {
+#if defined(__x86_64__) && defined(__linux__)
+  unsigned a, b, c, d;
+  if (!__get_cpuid_count(7, 0, &a, &b, &c, &d)) return false;
+  constexpr unsigned kBfloat16 = 1u << 22, kTiles = 1u << 24;
+  constexpr long kRequestPermission = 0x1023, kTileData = 18;
+  return (d & kBfloat16) && (d & kTiles) && syscall(SYS_arch_prctl, kRequestPermission, kTileData) == 0;
+#else
+  return false;
+#endif
+}
+
+// The best of 3 (AVX-512 and AMX's tiles of bfloat16), 2 (AVX-512 with bfloat16 products), 1 (AVX2 with FMA) and 0
+// (baseline) that this processor runs.
 EXPORT int twinstream_level() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
   if (__builtin_cpu_supports("avx512bw") && __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
       __builtin_cpu_supports("avx512bf16"))
-    return 2;
+    return has_tiles() ? 3 : 2;
   if (__builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma")) return 1;
 #endif
   return 0;
@@ -46,7 +66,7 @@ EXPORT int twinstream_level() {
 EXPORT int64_t twinstream_attention_block() { return kBlock; }
 
 EXPORT int64_t twinstream_attention_scratch(int is_bfloat16, const AttentionSizes* n) {
-  return with_type(is_bfloat16, [=](auto t) { return Attention<decltype(t)>(*n).scratch_bytes(); });
+  return with_type(is_bfloat16, [=](auto t) { return attention_scratch<decltype(t)>(*n); });
 }
 
 EXPORT void twinstream_attention(int is_bfloat16, const void* q, const void* k, const void* v, const int64_t* tokens,

@@ -14,11 +14,11 @@ from .ops import Ops
 from .packed_weights import PackedConvolution, PackedLinear
 from .small_blocks import SmallBlocks
 
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "amx")
 DTYPES = (torch.float32, torch.bfloat16)
 
 _FOLDER = Path(__file__).parent
-_ABI = 4
+_ABI = 5
 _MAX_HEAD_DIM = 512
 _GATED_ROWS = 1024
 _SIGNATURES: dict[str, tuple[type, ...]] = {  # the first argument says whether tensors are bfloat16
