@@ -12,12 +12,13 @@ from torch import Tensor
 
 from .ops import Ops
 from .packed_weights import PackedConvolution, PackedLinear
+from .small_blocks import SmallBlocks
 
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "amx")
 DTYPES = (torch.float32, torch.bfloat16)
 
 _FOLDER = Path(__file__).parent
-_ABI = 3
+_ABI = 5
 _MAX_HEAD_DIM = 512
 _GATED_ROWS = 1024
 _SIGNATURES: dict[str, tuple[type, ...]] = {  # the first argument says whether tensors are bfloat16
@@ -65,6 +66,7 @@ def native_ops(level: str | None = None) -> Ops:
         layer_norm_linear=kernels.layer_norm_linear,
         layer_norm_geglu=kernels.layer_norm_geglu,
         linear_add=kernels.linear_add,
+        small=kernels.small,
     )
 
 
@@ -110,6 +112,7 @@ class Kernels:
         self.library = library
         self.max_keys = library.twinstream_attention_block()  # where the map's rows are used
         self.linear, self.convolution = PackedLinear(), PackedConvolution()
+        self.small = SmallBlocks(library, _check)
         self.no_tokens = torch.empty(0, 0, dtype=torch.int64)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:

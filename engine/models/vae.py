@@ -54,7 +54,7 @@ class DownEncoderBlock2D(nn.Module):
         channels = [in_channels] + [out_channels] * (config.layers_per_block - 1)
         resnets = [ResnetBlock2D(c, out_channels, config.norm_num_groups, _EPS, ops) for c in channels]
         self.resnets = nn.ModuleList(resnets)
-        self.downsamplers = None if last else nn.ModuleList([Downsample2D(out_channels, padding=0)])
+        self.downsamplers = None if last else nn.ModuleList([Downsample2D(out_channels, padding=0, ops=ops)])
 
     def forward(self, x: Tensor) -> Tensor:
         for resnet in self.resnets:
