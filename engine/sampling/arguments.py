@@ -131,7 +131,7 @@ class Options:
     mask_blur: float = option(
         0.0,
         "standard deviation of a Gaussian that softens the mask, in the mask's pixels.",
-        partial(check_number, low=0.0),
+        partial(check_number, low=0.0, high=1000.0),
         flags=(),
     )
     mask_padding: int | None = option(

@@ -117,7 +117,7 @@ def test_one_mask_serves_all_pictures(small: engine.Engine) -> None:
         ({"image": None}, "mask says what of a picture to redraw: give image too"),
         ({"mask": None, "mask_blur": 2}, "mask_blur belongs to a mask: give one too, got mask_blur=2.0"),
         ({"mask": None, "mask_padding": 0}, "mask_padding belongs to a mask: give one too, got mask_padding=0"),
-        ({"mask_blur": -1}, "mask_blur must be a finite number >= 0, got -1"),
+        ({"mask_blur": -1}, "mask_blur must be a finite number from 0 to 1000, got -1"),
         ({"mask_padding": 1.5}, "mask_padding must be an integer >= 0, got 1.5"),
         ({"mask_padding": 2, "output": "latent"}, "output must be 'pil', got 'latent'"),
         ({"mask_padding": 2, "mask": _hard((12, 8))}, "must be as large as its picture where mask_padding"),

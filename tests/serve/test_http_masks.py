@@ -98,7 +98,7 @@ def test_a1111_masks(small: engine.Engine, server: Running, inverted: int, only_
     theirs = webui.img2img(
         images=[Image.fromarray(pixels)], mask_image=Image.fromarray(mask // 2 + 20), mask_blur=2, inpainting_fill=1,
         inpaint_full_res=only_masked, inpaint_full_res_padding=3, inpainting_mask_invert=inverted, prompt=PROMPT,
-        seed=1, denoising_strength=0.8, sampler_name="DDIM", **sizes,
+        seed=1, denoising_strength=0.8, sampler_name="DDIM", eta=0.0, **sizes,
     )  # fmt: skip
     ours = small.generate(
         PROMPT, image=pixels, mask=255 - mask if inverted else mask, mask_blur=2,
@@ -121,7 +121,7 @@ def test_a1111_masks_have_its_defaults(small: engine.Engine, http: httpx.Client)
     for options, message in (
         ({"inpainting_fill": 0}, "inpainting_fill must be 1 with a mask on this server, got 0"),
         ({"mask_round": True}, "mask_round must be False with a mask on this server, got True"),
-        ({"mask_blur_x": 2}, "mask_blur_x and mask_blur_y must be alike on this server, got 2.0 and 4.0"),
+        ({"mask_blur_x": 2}, "mask_blur_x and mask_blur_y must be alike on this server, got 2.0 and 4"),
     ):
         answer = http.post("/sdapi/v1/img2img", json=body | {"mask": _sent(mask)} | options)
         assert (answer.status_code, message in answer.json()["detail"]) == (400, True)
