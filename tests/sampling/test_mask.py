@@ -9,6 +9,7 @@ from PIL import Image, ImageFilter
 import engine
 from engine.sampling.arguments import Options
 from engine.sampling.mask import crop_box, cut, read_masks
+from tests.pipelines import random_concept
 
 _PICTURE = Image.new("RGB", (24, 16), (10, 90, 200))
 
@@ -99,6 +100,22 @@ def test_cropped_pictures_keep_their_size(small: engine.Engine) -> None:
         same = (np.asarray(drawn) == np.asarray(picture)).all(axis=-1)
         assert same[~mask].all()
         assert same[mask].mean() < 0.2
+
+
+def test_foundations_are_pasted_too(small: engine.Engine) -> None:
+    """An image without one has none still."""
+    custom = [engine.Infusion([random_concept(small)]), None]
+    out = small.generate(
+        ["a cat", "a dog"], image=_PICTURE, mask=_hard(), mask_padding=2, customization=custom, seed=1, steps=3,
+        progress=False,
+    )  # fmt: skip
+    assert out.foundation_images is not None
+    foundation, none = out.foundation_images
+    assert none is None
+    assert foundation.size == _PICTURE.size
+    kept = ~_hard()
+    assert np.array_equal(np.asarray(foundation)[kept], np.asarray(_PICTURE)[kept])
+    assert not np.array_equal(np.asarray(foundation), np.asarray(out.images[0]))
 
 
 def test_one_mask_serves_all_pictures(small: engine.Engine) -> None:
