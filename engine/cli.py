@@ -166,6 +166,7 @@ _TYPES: dict[str, Any] = {
     "size": int,
     "initial_tokens": str,
     "schedule": str,
+    "mask_padding": int,
 }  # by option, where it is not the default's
 
 
@@ -204,8 +205,8 @@ def _generate(arguments: argparse.Namespace) -> int:
     from PIL import Image
 
     options = _given(arguments, Options) | {"customization": _customization(arguments)}
-    if "image" in options:
-        options["image"] = Image.open(options["image"])
+    for name in options.keys() & {"image", "mask"}:
+        options[name] = Image.open(options[name])
     if arguments.size is not None:
         options["width"], options["height"] = arguments.size
     out = _load(arguments).generate(arguments.prompts, **options)

@@ -28,7 +28,7 @@ from .sampling.arguments import Options
 from .sampling.join import Size, exactly
 from .sampling.loop import Denoising, Stepper, denoise, start_denoising
 from .sampling.out_of_memory import check_memory, out_of_memory, with_retry
-from .sampling.pictures import foundation_pictures, to_pictures
+from .sampling.pictures import finished_pictures, foundation_pictures
 from .sampling.plan import make_plans
 from .sampling.request import ModelLimits, Request, make_request
 from .sampling.start import start
@@ -73,8 +73,9 @@ class Engine:
         self.limits = ModelLimits(
             factor=vae.config.factor,
             sample_size=unet.config.sample_size,
-            latent_channels=unet.config.in_channels,
+            latent_channels=vae.config.latent_channels,
             num_train_timesteps=schedule.num_train_timesteps,
+            takes_masks=unet.config.in_channels != vae.config.latent_channels,
             max_pixels=max_pixels,
             check_memory=partial(check_memory, unet, vae),
         )
@@ -111,16 +112,16 @@ class Engine:
         with clock("text"):
             plans = make_plans(request, len(timetable), Texts(self.text_encoder), self.concepts, self.device)
         with clock("encode"):
-            x, noise = start(request, timetable.table, self._vae, self.device)
-        return start_denoising(plans, timetable, x, noise, *self._recorders(request))
+            x, noise, inpainting = start(request, timetable.table, self._vae, self.device)
+        return start_denoising(plans, timetable, x, noise, *self._recorders(request), inpainting)
 
     def finish(self, request: Request, denoising: Denoising, clock: StageClock, cancelled: bool = False) -> Result:
         """The stages of ``generate`` after the loop."""
         denoising.check_finite()
         recorder, mask_recorder = denoising.recorder, denoising.mask_recorder
         with clock("decode"):
-            images = [] if cancelled else to_pictures(self._vae, request.options, denoising.pictures)
-            foundation_images = [] if cancelled else foundation_pictures(self._vae, request.options, denoising)
+            images = [] if cancelled else finished_pictures(self._vae, request, denoising)
+            foundation_images = [] if cancelled else foundation_pictures(self._vae, request, denoising)
         return Result(
             images=images,
             foundation_images=foundation_images,

@@ -117,10 +117,13 @@ def model_digest(loading: Mapping[str, Any]) -> str:
 
 
 def _check_fit(checkpoint: Checkpoint) -> None:
-    """Refuse components that do not belong together, such as an inpainting UNet with its nine input channels."""
+    """Refuse components that do not belong together."""
     unet, vae = checkpoint.unet_config, checkpoint.vae_config
+    inpainting = 2 * vae.latent_channels + 1  # latents, mask and the masked picture's latents
+    if unet.in_channels not in (vae.latent_channels, inpainting):
+        rule = f"the UNet's in_channels must be {vae.latent_channels}, or {inpainting} of an inpainting model"
+        raise CheckpointError(f"{checkpoint.name}: {rule}, to fit the rest, got {unet.in_channels}")
     for name, found, expected in (
-        ("the UNet's in_channels", unet.in_channels, vae.latent_channels),
         ("the UNet's out_channels", unet.out_channels, vae.latent_channels),
         ("the VAE's in_channels", vae.in_channels, 3),
         ("the VAE's out_channels", vae.out_channels, 3),

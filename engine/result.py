@@ -96,6 +96,10 @@ class Result:
             values["LoRA"] = ", ".join(f"{lora['name']}:{lora['weight']:g}" for lora in settings["loras"])
         if settings["strength"] is not None:
             values["Denoising strength"] = f"{settings['strength']:g}"
+        if settings["mask_blur"]:
+            values["Mask blur"] = f"{settings['mask_blur']:g}"
+        if settings["mask_padding"] is not None:
+            values |= {"Inpaint area": "Only masked", "Masked area padding": settings["mask_padding"]}
         if settings["eta"]:
             values["Eta DDIM"] = f"{settings['eta']:g}"
         if settings["customization"] is not None:

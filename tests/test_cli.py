@@ -27,6 +27,22 @@ def test_image_to_image(small_folder: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
+def test_inpainting(small_folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 16), "red").save(tmp_path / "start.png")
+    mask = Image.new("L", (20, 16))
+    mask.paste(255, (8, 4, 14, 12))
+    mask.save(tmp_path / "mask.png")
+    options = ["--image", str(tmp_path / "start.png"), "--mask", str(tmp_path / "mask.png"), "--mask-padding", "2"]
+    options += ["--mask-blur", "0.5", "--strength", "1", "--steps", "4", "--quiet", "--out", str(tmp_path / "out")]
+    assert main(["generate", "a cat", "--model", str(small_folder), *options]) == 0
+    (path,) = (tmp_path / "out").iterdir()
+    drawn = Image.open(path)
+    assert drawn.size == (20, 16)
+    assert drawn.getpixel((0, 0)) == (255, 0, 0)
+    assert drawn.getpixel((10, 8)) != (255, 0, 0)
+    assert "Mask blur: 0.5, Inpaint area: Only masked, Masked area padding: 2" in drawn.info["parameters"]
+
+
 def test_errors_are_one_line(small_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "a cat", "--model", str(small_folder), "--steps", "0"]) == 1
     assert capsys.readouterr().err == "twinstream: steps must be an integer >= 1, got 0\n"

@@ -35,6 +35,7 @@ def desk(small: engine.Engine, small_folder: Path, tmp_path: Path, monkeypatch: 
     Path("path/to").mkdir(parents=True)
     Path("path/to/stable-diffusion-v1-5").symlink_to(small_folder)
     write_kohya(small, Path("path/to/lace.safetensors"))
+    Image.new("L", (16, 16), 255).save("path/to/mask.png")
     for name in ("my-cat", "my-toy"):
         folder = Path("path/to") / name
         folder.mkdir()

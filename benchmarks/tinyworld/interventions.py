@@ -93,7 +93,7 @@ class Foundations:
         options = self.request.options
         self.table = make_table(options.sampler, sd.schedule, options.steps)
         (plan,) = make_plans(self.request, len(self.table), Texts(sd.text_encoder), sd.concepts, sd.device)
-        self.start, noise = start(self.request, self.table, sd._vae, sd.device)
+        self.start, noise, _ = start(self.request, self.table, sd._vae, sd.device)
         self.guidance_scale = plan.rows.guidance_scale
         self._rows = torch.cat([plan.rows.unconditional, plan.rows.conditional])
         places = torch.tensor([slot_positions(sd.text_encoder.tokenize(text), noun) for text in texts])

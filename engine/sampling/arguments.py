@@ -26,6 +26,7 @@ DEFAULT_STRENGTH = 0.8
 _OUTPUTS = ("pil", "numpy", "latent")
 
 Picture = Image.Image | np.ndarray
+Mask = Image.Image | np.ndarray
 Customization = Infusion | ICO | DCI
 
 
@@ -118,6 +119,29 @@ class Options:
         "share of the schedule that redraws image; above 0, at most 1.",
         partial(check_number, low=0.0, high=1.0),
         flags=(),
+    )
+    mask: Mask | Sequence[Mask] | None = option(
+        None,
+        "what of image to redraw, white or 1, and what to keep, black or 0: opaque PIL pictures or (H, W) arrays, one, "
+        "one per prompt or one per image. Greys blend, except in inpainting models, which see them cut at one half. At "
+        "strength 1 the picture starts from noise alone.",
+        flags=(),
+        metavar="FILE",
+    )
+    mask_blur: float = option(
+        0.0,
+        "standard deviation of a Gaussian that softens the mask, in the mask's pixels.",
+        partial(check_number, low=0.0, high=1000.0),
+        flags=(),
+    )
+    mask_padding: int | None = option(
+        None,
+        "draw what the mask marks and so many pixels around it alone, at height x width, the model's own where not "
+        "given, and paste it into the picture, which keeps its size. Where not given, the whole picture is drawn.",
+        partial(check_integer, low=0),
+        optional=True,
+        flags=(),
+        metavar="N",
     )
     latents: Tensor | None = option(None, "unit-variance start noise (B, 4, h, w), in place of the seeds' own.")
     weighting: str = option(

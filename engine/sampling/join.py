@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.conditioning import Batch, Following, Mixing, Shared
+from .inpaint import join_inpainting
 from .plan import GuidedBatch, RowPlan
 from .step import Phase, State
 from .table import Coefficients, join_coefficients
@@ -68,14 +69,20 @@ def join_states(together: Sequence[Denoising], offsets: Sequence[int], phase: Ph
     if any(one.timetable.table.noise_draws for one in together):
         pairs = zip(together, fresh, strict=True)
         noise = torch.cat([torch.zeros_like(one.x) if drawn is None else drawn for one, drawn in pairs])
-    state = State(torch.cat([one.x for one in together]), torch.cat(histories, dim=1), torch.cat(positions), noise)
+    inpainting = join_inpainting([one.next_inpainting() for one in together], [one.x for one in together])
+    x, history = torch.cat([one.x for one in together]), torch.cat(histories, dim=1)
+    state = State(x, history, torch.cat(positions), noise, inpainting)
     missing = len(phase.rows.unconditional) - len(state.x)
     if not missing:
         return state
     spare = torch.zeros(missing, dtype=torch.int64, device=state.x.device)
     filled = torch.cat([torch.arange(len(state.x), device=state.x.device), spare])  # with the first trajectory
     return State(
-        state.x[filled], state.history[:, filled], state.positions[filled], None if noise is None else noise[filled]
+        state.x[filled],
+        state.history[:, filled],
+        state.positions[filled],
+        None if noise is None else noise[filled],
+        None if inpainting is None else inpainting.take(filled),
     )
 
 

@@ -16,6 +16,7 @@ from ..errors import NonFiniteError
 from ..models.unet import UNet2DConditionModel
 from ..observe.masks import MaskRecorder
 from ..observe.word_maps import Recorder
+from .inpaint import Inpainting
 from .join import Size, exactly, join_phases, join_states
 from .plan import RowPlan
 from .step import Phase, State, guided_step
@@ -35,6 +36,7 @@ class Denoising:
         finite: (T,) bool, whether the latents were finite after each step.
         plan: of the last step taken; before the first, of that.
         recorder, mask_recorder: record the attention maps that the plans watch, and the masks by which rows mix.
+        inpainting: of the starts (n, ...); None where no picture is inpainted.
         taken: how many steps have been.
     """
 
@@ -47,6 +49,7 @@ class Denoising:
     plan: RowPlan
     recorder: Recorder | None = None
     mask_recorder: MaskRecorder | None = None
+    inpainting: Inpainting | None = None
     taken: int = 0
 
     def __len__(self) -> int:
@@ -90,6 +93,10 @@ class Denoising:
         draws = self.taken < self.timetable.table.noise_draws
         return self.noise[self.taken][self.plan.starts] if draws else None
 
+    def next_inpainting(self) -> Inpainting | None:
+        """What the next step needs to inpaint, of the trajectories of ``x``."""
+        return None if self.inpainting is None else self.inpainting.take(self.plan.starts)
+
 
 def start_denoising(
     plans: Sequence[RowPlan],
@@ -98,6 +105,7 @@ def start_denoising(
     noise: Sequence[Tensor],
     recorder: Recorder | None = None,
     mask_recorder: MaskRecorder | None = None,
+    inpainting: Inpainting | None = None,
 ) -> Denoising:
     """A ``Denoising`` before its first step.
 
@@ -107,7 +115,7 @@ def start_denoising(
     x = start[plans[0].starts]
     finite = torch.ones(len(timetable), dtype=torch.bool, device=x.device)
     history = timetable.table.start_history(x)
-    return Denoising(plans, timetable, noise, x, history, finite, plans[0], recorder, mask_recorder)
+    return Denoising(plans, timetable, noise, x, history, finite, plans[0], recorder, mask_recorder, inpainting)
 
 
 class Stepper:

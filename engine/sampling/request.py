@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checks import check_integer, check_texts
 from ..methods.dci import DCI
 from .arguments import DEFAULT_STRENGTH, Customization, Options
+from .mask import Masked, check_mask, cut, read_masks
 from .samplers import WITH_ETA
 
 _MAX_SEED = 2**64 - 1
@@ -26,6 +27,7 @@ class ModelLimits:
 
     Attributes:
         factor, sample_size, latent_channels, num_train_timesteps: of the model.
+        takes_masks: whether it is an inpainting model, whose UNet sees a picture and its mask beside the latents.
         max_pixels: of one picture.
         check_memory: ``check_memory(n_images, height, width, options)`` raises where the memory cannot hold a request.
     """
@@ -34,6 +36,7 @@ class ModelLimits:
     sample_size: int
     latent_channels: int
     num_train_timesteps: int
+    takes_masks: bool
     max_pixels: int
     check_memory: Callable[[int, int, int, Options], None]
 
@@ -48,6 +51,7 @@ class Request:
         begin: the first step taken.
         image: (I, 3, H, W) float32 in [-1, 1].
         latents: (I, 4, h, w) float32.
+        masked: what of the pictures is redrawn; None where they are as wholes.
     """
 
     options: Options
@@ -58,6 +62,7 @@ class Request:
     begin: int
     image: Tensor | None
     latents: Tensor | None
+    masked: Masked | None = None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -75,6 +80,8 @@ class Request:
             "customizations": [None if one is None else one.settings() for one in self.customizations],
             **{one.name: getattr(self.options, one.name) for one in fields(Options) if one.metadata["setting"]},
             "strength": None if self.image is None else self.options.strength,
+            "mask_blur": None if self.masked is None else self.options.mask_blur,
+            "mask_padding": self.options.mask_padding,
             "given_latents": self.latents is not None,
         }
 
@@ -87,11 +94,17 @@ def make_request(limits: ModelLimits, prompt: str | Sequence[str], options: Opti
     negatives = _negatives(options, len(prompts))
     check_integer("steps", options.steps, 1, limits.num_train_timesteps)
     _check_together(options)
+    check_mask(options, limits.takes_masks)
     pictures = None if options.image is None else _pictures(options.image, len(prompts), per_prompt)
-    height, width = _size(limits, options, None if pictures is None else pictures[0])
+    whole = pictures if options.mask_padding is None else None  # a crop has the size that the model draws best
+    height, width = _size(limits, options, None if whole is None else whole[0])
     limits.check_memory(n_images, height, width, options)
     if pictures is not None:
         pictures = _one_per_image(pictures, n_images)
+    masked = None
+    if pictures is not None and options.mask is not None:
+        pictures, masks, crops = cut(options, pictures, read_masks(options, len(prompts)), (height, width))
+        masked = Masked(masks, limits.takes_masks, crops)
     customizations = _customizations(options, n_images)
     steps = _shortened(customizations, options.steps)
     begin = 0 if pictures is None else steps - int(steps * options.strength)
@@ -107,6 +120,7 @@ def make_request(limits: ModelLimits, prompt: str | Sequence[str], options: Opti
         begin=begin,
         image=None if pictures is None else _image_tensor(pictures, height, width),
         latents=None if options.latents is None else _start_noise(limits, options.latents, n_images, height, width),
+        masked=masked,
     )
 
 

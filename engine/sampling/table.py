@@ -30,12 +30,16 @@ class Coefficients:
     Attributes:
         input_scale: (T,) factor from the state's ``x`` to the UNet's input.
         state, model, noise: ``A`` (T, K, K), ``b`` (T, K) and ``c`` (T, K), float32; entry 0 of the state is ``x``.
+        keep_scale, keep_noise: (T,) factors on clean latents and unit noise that make the ``x`` after step ``i``, as
+            diffusers' ``add_noise`` has it at the next timestep: 1 and 0 after the last. Inpainting reads them.
     """
 
     input_scale: Tensor
     state: Tensor
     model: Tensor
     noise: Tensor
+    keep_scale: Tensor
+    keep_noise: Tensor
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Coefficients:
         """The same with every tensor changed."""
@@ -109,7 +113,7 @@ def join_coefficients(tables: Sequence[Coefficients], n_state: int) -> Coefficie
     def widened(one: Coefficients) -> Coefficients:
         missing = n_state - one.state.shape[-1]
         state = F.pad(one.state, (0, missing, 0, missing))
-        return Coefficients(one.input_scale, state, F.pad(one.model, (0, missing)), F.pad(one.noise, (0, missing)))
+        return replace(one, state=state, model=F.pad(one.model, (0, missing)), noise=F.pad(one.noise, (0, missing)))
 
     parts = [widened(one) for one in tables]
     return Coefficients(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Coefficients)))
@@ -167,6 +171,8 @@ class TableWriter:
         schedule, first = self.schedule, self.begin
         ratios = schedule.sigmas / schedule.alphas
         scale = schedule.alphas[first:-1] if self.exploding else np.ones(len(self.steps))
+        keep_scale = np.ones(len(self.steps)) if self.exploding else np.append(schedule.alphas[first + 1 : -1], 1.0)
+        keep_noise = np.append((ratios if self.exploding else schedule.sigmas)[first + 1 : -1], 0.0)
         start = 1.0
         if self.exploding:
             start = float(ratios.max() if schedule.spans_all else np.hypot(ratios.max(), 1.0))
@@ -177,6 +183,8 @@ class TableWriter:
                 state=torch.tensor(self.state, dtype=torch.float32),
                 model=torch.tensor(self.model, dtype=torch.float32),
                 noise=torch.tensor(self.noise, dtype=torch.float32),
+                keep_scale=torch.tensor(keep_scale, dtype=torch.float32),
+                keep_noise=torch.tensor(keep_noise, dtype=torch.float32),
             ),
             start_noise=start,
             image_scale=1.0 if self.exploding else float(schedule.alphas[first]),

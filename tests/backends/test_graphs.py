@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -70,6 +71,19 @@ def test_what_changes_in_value_captures_nothing(plain: Engine, graphed: Engine) 
         changes = {"height": 64, "width": 64} | change
         torch.testing.assert_close(_draw(graphed, **changes), _draw(plain, **changes), rtol=1e-4, atol=1e-4)
         assert len(graphs) == 1, changes
+
+
+def test_masks_are_values(plain: Engine, graphed: Engine) -> None:
+    """Another mask, picture or strength is drawn by the same graph, which one without a mask has not."""
+    picture = np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
+    for columns, strength in ((4, 1.0), (9, 1.0), (9, 0.5)):
+        mask = np.zeros((16, 16), np.float32)
+        mask[:, :columns] = 1
+        options = {"image": picture, "mask": mask, "strength": strength, "steps": 4}
+        torch.testing.assert_close(_draw(graphed, **options), _draw(plain, **options), rtol=1e-4, atol=1e-4)
+    assert len(graphed.graphs) == 1
+    _draw(graphed)
+    assert len(graphed.graphs) == 2
 
 
 def test_concepts_switch_without_a_capture(plain: Engine, graphed: Engine) -> None:

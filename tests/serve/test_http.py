@@ -263,7 +263,7 @@ def test_openai_edits_and_models(openai_client: openai.OpenAI) -> None:
     answer = openai_client.images.edit(image=picture, prompt=PROMPT, n=2, extra_body=QUICK | {"strength": 0.7})
     assert answer.data is not None
     assert len(answer.data) == 2
-    with pytest.raises(openai.BadRequestError, match="masks are not supported"):
+    with pytest.raises(openai.BadRequestError, match="mask must have transparent pixels"):
         openai_client.images.edit(image=picture, mask=picture, prompt=PROMPT)
     (model,) = openai_client.models.list().data
     assert openai_client.models.retrieve(model.id) == model

@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import engine
 from engine.errors import DeadlineError, NonFiniteError, QueueFullError
@@ -47,12 +48,15 @@ def _held(scheduler: Scheduler, **options: Any) -> tuple[Job, Gate]:
 
 
 def test_results_are_those_of_generate(small: engine.Engine, scheduler: Scheduler) -> None:
+    mask = Image.new("1", (20, 16))
+    mask.paste(1, (3, 4, 9, 12))
     requests: list[dict[str, Any]] = [
         {"seed": 1},
         {"seed": [2, 3], "images_per_prompt": 2, "sampler": "euler_ancestral", "steps": 7},
         {"seed": 4, "customization": engine.Infusion([random_concept(small)]), "output": "numpy"},
         {"seed": 5, "customization": engine.DCI("cat", fraction=0.5)},
         {"seed": 6, "height": 24, "width": 8, "output": "latent"},
+        {"seed": 9, "image": Image.new("RGB", (20, 16), "blue"), "mask": mask, "mask_padding": 2},
         {"seed": 7, "attention_words": ["cat"], "guidance_scale": 1.0},
         {"seed": 8, "customization": engine.DCI("cat", fraction=0.5), "record_masks": True},
     ]

@@ -14,6 +14,7 @@ from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
 from ...result import A1111_SAMPLERS, A1111_SCHEDULES
+from .decode import black_and_white
 from .errors import ERRORS
 from .own import preview_of
 from .service import Service
@@ -34,7 +35,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "s_noise": (1, None),
     "resize_mode": (0, None),
     "initial_noise_multiplier": (1, None),
-    "mask": ("", None),
+    "mask": ("", None),  # of txt2img
     "image_cfg_scale": (1.5, 1, 0, None),
 }
 # what matters only together with one of those, or to the server's own files
@@ -74,7 +75,16 @@ class Txt2Img(BaseModel):
 
 
 class Img2Img(Txt2Img):
+    """What concerns masks has A1111's defaults, and means nothing without one."""
+
     init_images: list[str] = Field(min_length=1, max_length=1)
+    mask: str | None = None
+    mask_blur: float | None = None
+    mask_blur_x: float | None = 4
+    mask_blur_y: float | None = 4
+    inpaint_full_res: bool | None = True
+    inpaint_full_res_padding: int | None = 0
+    inpainting_mask_invert: bool | None = False
 
 
 class NewOptions(BaseModel):
@@ -85,8 +95,17 @@ def make_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/sdapi/v1", responses=ERRORS)
 
     async def draw(body: Txt2Img, request: Request) -> dict[str, Any]:
-        image = body.init_images[0] if isinstance(body, Img2Img) else None
-        entry = await service.start(body.prompt, _options(service, body), client=request.state.client, image=image)
+        image, mask, inverted = None, None, False
+        if isinstance(body, Img2Img):
+            image, mask, inverted = body.init_images[0], body.mask or None, bool(body.inpainting_mask_invert)
+        entry = await service.start(
+            body.prompt,
+            _options(service, body),
+            client=request.state.client,
+            image=image,
+            mask=mask,
+            read_mask=black_and_white(inverted),
+        )
         out = await service.result(request, entry)
         pictures = await asyncio.to_thread(entry.pictures_base64)
         info = {
@@ -101,7 +120,11 @@ def make_router(service: Service) -> APIRouter:
             "sampler_name": A1111_SAMPLERS[out.settings["sampler"]],
             "infotexts": [out.parameters(i) for i in range(len(out.images))],
         }
-        return {"images": pictures, "parameters": body.model_dump(exclude={"init_images"}), "info": json.dumps(info)}
+        return {
+            "images": pictures,
+            "parameters": body.model_dump(exclude={"init_images", "mask"}),
+            "info": json.dumps(info),
+        }
 
     @router.post("/txt2img")
     async def txt2img(body: Txt2Img, request: Request) -> dict[str, Any]:
@@ -203,7 +226,22 @@ def _options(service: Service, body: Txt2Img) -> dict[str, Any]:
         raise ValueError(f"eta must be 1 for Euler a on this server, got {body.eta}")
     if isinstance(body, Img2Img):
         given["strength"] = 0.75 if body.denoising_strength is None else body.denoising_strength
+        given |= _of_mask(body) if body.mask else {}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _of_mask(body: Img2Img) -> dict[str, Any]:
+    more = body.model_extra or {}
+    for name, wanted in (("inpainting_fill", 1), ("mask_round", False)):
+        if more.get(name, wanted) not in (wanted, None):
+            raise ValueError(f"{name} must be {wanted!r} with a mask on this server, got {more[name]!r}")
+    blur = body.mask_blur
+    if blur is None:
+        blur = body.mask_blur_x or 0
+        if blur != (body.mask_blur_y or 0):
+            got = f"got {body.mask_blur_x} and {body.mask_blur_y}"
+            raise ValueError(f"mask_blur_x and mask_blur_y must be alike on this server, {got}")
+    return {"mask_blur": blur, "mask_padding": (body.inpaint_full_res_padding or 0) if body.inpaint_full_res else None}
 
 
 def _acts(given: Any) -> bool:
