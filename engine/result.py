@@ -94,6 +94,8 @@ class Result:
         }
         if settings["loras"]:
             values["LoRA"] = ", ".join(f"{lora['name']}:{lora['weight']:g}" for lora in settings["loras"])
+        if settings["clip_skip"]:
+            values["Clip skip"] = settings["clip_skip"] + 1
         if settings["strength"] is not None:
             values["Denoising strength"] = f"{settings['strength']:g}"
         if settings["eta"]:
