@@ -123,8 +123,8 @@ class Options:
     latents: Tensor | None = option(None, "unit-variance start noise (B, 4, h, w), in place of the seeds' own.")
     weighting: str = option(
         "a1111",
-        'what (word:1.2) does: "a1111" multiplies the embedding and restores the mean of the whole prompt\'s, or of each '
-        "chunk's; \"comfyui\" moves it away from the empty prompt's.",
+        'what (word:1.2) does: "a1111" multiplies the embedding and restores the mean of the whole prompt\'s, or of '
+        "each chunk's; \"comfyui\" moves it away from the empty prompt's.",
         partial(check_choice, choices=WEIGHTINGS),
         flags=(),
         setting=True,
