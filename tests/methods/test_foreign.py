@@ -1,5 +1,6 @@
 """Embeddings by name: what is read of other programs' files, and what of them is refused."""
 
+import json
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,9 @@ def test_settings_name_those_that_are_used(named: engine.Engine) -> None:
     assert used("a cat") == []
     assert used("a toy-red cat", negative_prompt="Toy") == ["toy", "toy-red"]
     assert used(["a cat", "a [cat:(<v>:1.2):1]"]) == ["<v>"]
+    out = named.generate(["a cat", "a [cat:(<v>:1.2):1]"], steps=2, progress=False, negative_prompt=["Toy", ""])
+    kept = [json.loads(out.png_info(i).chunks[1][1].split(b"\0")[-1]) for i in range(2)]
+    assert [one["embeddings"] for one in kept] == [["toy"], ["<v>"]], "a picture's own"
 
 
 def test_another_engine_keeps_them(named: engine.Engine, tmp_path: Path) -> None:

@@ -20,7 +20,7 @@ from tests.pipelines import SCHEDULERS, SD_V1_5_SCHEDULER, random_concept, relat
 
 _TOLERANCE = 2e-5
 _STEPS = 6
-_START = "a photo of a cat beside a boat " + "on a red beach " * 15
+_START = "a photo of a cat beside a boat " + "on a red beach " * 17
 _LONG = _START + "with a teapot in the snow"  # the teapot is in the second chunk
 
 

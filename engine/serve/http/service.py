@@ -32,7 +32,7 @@ _LOOK_EVERY = 0.25  # seconds after which a client that waits is asked whether i
 # what JSON can say of the options; the others are tensors, functions, or of the server
 OVER_HTTP = (
     "negative_prompt", "steps", "guidance_scale", "sampler", "eta", "height", "width", "seed", "images_per_prompt",
-    "strength", "weighting", "schedule", "guidance_rescale", "vae_slicing", "vae_tiling",
+    "strength", "weighting", "schedule", "guidance_rescale", "vae_slicing", "vae_tiling", "long_prompts", "clip_skip",
 )  # fmt: skip
 
 
