@@ -139,8 +139,8 @@ class Options:
     )
     clip_skip: int = option(
         0,
-        "how many of the text encoder's last layers to leave out for both prompts, as diffusers counts them; A1111's Clip "
-        "skip is one more.",
+        "how many of the text encoder's last layers to leave out, for both prompts, as diffusers counts them; A1111's "
+        "Clip skip is one more.",
         partial(check_integer, low=0),
         flags=(),
         metavar="N",
