@@ -51,6 +51,9 @@ def _parser() -> argparse.ArgumentParser:
     help = "merge this LoRA into the weights, with a factor (default: 1); may be repeated"
     model.add_argument("--lora", dest="loras", action="append", default=[], metavar="FILE[:F]", help=help)
 
+    help = "what prompts write for a textual inversion, and its file; may be repeated"
+    model.add_argument("--embedding", dest="embeddings", action="append", default=[], metavar="NAME=FILE", help=help)
+
     generate = commands.add_parser("generate", parents=[model], help="draw pictures from prompts")
     generate.add_argument("prompts", nargs="+", metavar="prompt")
     generate.add_argument("--size", type=_size, metavar="WxH", help="for example 512x768 (default: the model's)")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -125,7 +126,21 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``engine.load``."""
     names = ("model", "device", "dtype", "backend", "config", "vae")
-    return {name: getattr(arguments, name) for name in names} | {"loras": [_lora(text) for text in arguments.loras]}
+    loading = {name: getattr(arguments, name) for name in names} | {"loras": [_lora(text) for text in arguments.loras]}
+    return loading | {"embeddings": _embeddings(arguments.embeddings)}
+
+
+def _embeddings(given: Sequence[str]) -> dict[str, str]:
+    """Files by names, each from ``NAME=FILE``."""
+    found = dict[str, str]()
+    for text in given:
+        name, sign, path = text.partition("=")
+        if not (name and sign and path):
+            raise ValueError(f"embedding must be NAME=FILE, got {text!r}")
+        if name in found:
+            raise ValueError(f"embedding must have a name of its own, got {name!r} twice")
+        found[name] = path
+    return found
 
 
 def _lora(text: str) -> LoRA:
@@ -149,6 +164,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     dtype = getattr(torch, check_choice("file-dtype", arguments.file_dtype, ("float16", "bfloat16", "float32")))
     if arguments.out.suffix != ".safetensors" or not arguments.out.parent.is_dir():
         raise ValueError(f"out must be a .safetensors file in an existing folder, got {str(arguments.out)!r}")
+    if arguments.embeddings:
+        raise ValueError(f"embedding belongs to prompts, which no file of weights has, got {arguments.embeddings}")
     sd = load(**loading_arguments(arguments))
     save_single_file(arguments.out, sd.unet, sd.vae, sd.text_encoder.model, sd.schedule, dtype)
     print(f"{arguments.out}  {arguments.out.stat().st_size} bytes")

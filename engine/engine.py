@@ -110,7 +110,8 @@ class Engine:
         asked = request.options
         timetable = self.timetables(asked.sampler, asked.steps, asked.eta, request.begin, asked.schedule)
         with clock("text"):
-            plans = make_plans(request, len(timetable), Texts(self.text_encoder), self.concepts, self.device)
+            texts = Texts(self.text_encoder, asked.long_prompts, asked.clip_skip)
+            plans = make_plans(request, len(timetable), texts, self.concepts, self.device)
         with clock("encode"):
             x, noise, inpainting = start(request, timetable.table, self._vae, self.device)
         return start_denoising(plans, timetable, x, noise, *self._recorders(request), inpainting)
@@ -129,7 +130,7 @@ class Engine:
             attention=None if recorder is None else recorder.result(),
             masks=None if mask_recorder is None else mask_recorder.result(len(request.seeds)),
             seeds=list(request.seeds),
-            settings=request.settings() | self._about(),
+            settings=request.settings() | self._about(request),
             timings=clock.seconds(),
             cancelled=cancelled,
         )
@@ -150,16 +151,16 @@ class Engine:
         the same kind and length, guidance scales and steps may then differ. On a CPU weights are packed.
         """
         start, before = time.perf_counter(), 0 if self.graphs is None else len(self.graphs.captured)
-        options: dict[str, Any] = {"progress": False} | arguments
-        self.generate(prompt, **options)
+        self.generate(prompt, **({"progress": False} | arguments))
         captured = () if self.graphs is None else tuple(self.graphs.captured[before:])
         memory = torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else None
         return Warmup(captured, time.perf_counter() - start, memory)
 
-    def encode_prompt(self, prompts: str | Sequence[str], weighting: str = "a1111") -> Tensor:
-        """Encode prompts to (B, 77, E), with their token weights applied by the rule that ``generate`` takes."""
-        given = [prompts] if isinstance(prompts, str) else prompts
-        return self.text_encoder.encode([self.text_encoder.tokenize(prompt) for prompt in given], weighting)
+    def encode_prompt(
+        self, prompts: str | Sequence[str], weighting: str = "a1111", clip_skip: int = 0, long_prompts: str = "chunk"
+    ) -> Tensor:
+        """Encode prompts to (B, n * 77, E) for n chunks of the longest, as ``generate`` does with these arguments."""
+        return self.text_encoder(prompts, weighting, clip_skip, long_prompts)
 
     def with_loras(self, loras: Sequence[LoRA]) -> Engine:
         """Another Engine with LoRAs in its weights, on top of this one's; see ``methods.lora.apply_loras``."""
@@ -173,11 +174,12 @@ class Engine:
         """Tells base models apart; see ``methods.fingerprint``."""
         return self.concepts.fingerprint
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self, request: Request) -> dict[str, Any]:
         """What of the model a result's settings name."""
         return {
             "model": self.name,
             "loras": [lora.settings() for lora in self.loras],
+            "embeddings": self.text_encoder.embeddings_in(*request.prompts, *request.negative_prompts),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": self.backend.name,

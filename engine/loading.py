@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,6 +17,7 @@ from .checks import check_choice, check_integer
 from .engine import MAX_PIXELS, Engine
 from .errors import CheckpointError
 from .kernels.jit import load_kernels
+from .methods.foreign import read_embeddings
 from .methods.lora import Changes, LoRA, read_changes
 from .models.layers import pack_convolutions
 from .models.unet import UNet2DConditionModel
@@ -42,6 +44,7 @@ def load(
     vae: str | Path | None = None,
     max_pixels: int = MAX_PIXELS,
     loras: Sequence[LoRA] = (),
+    embeddings: Mapping[str, str | Path] | None = None,
 ) -> Engine:
     """Load a model.
 
@@ -59,6 +62,8 @@ def load(
         vae: another VAE than the model's: a diffusers folder, or a ``.safetensors`` file in either layout.
         max_pixels: the largest height x width that ``generate`` takes.
         loras: merged in float32 into the weights as the files have them, then cast; ``Engine.with_loras`` adds later.
+        embeddings: textual inversions by the names that prompts and negative prompts write, in any case, for their
+            vectors: ``{"<toy>": "toy.safetensors"}``, in diffusers' layout or A1111's.
 
     Raises:
         CheckpointError: files are missing, damaged or do not match their config.
@@ -79,7 +84,8 @@ def load(
         autoencoder = AutoencoderKL(checkpoint.vae_config, ops)
         text = _text_model(checkpoint)
     of_unet, of_text = read_changes(loras, checkpoint.unet_config, unet, text)
-    text_encoder = _load_text_encoder(checkpoint, text, where, kind, of_text)
+    words = read_embeddings(embeddings or {}, text.config.hidden_size)
+    text_encoder = _load_text_encoder(checkpoint, text, where, kind, of_text, words)
     load_module(unet, checkpoint.unet, where, kind, of_unet)
     load_module(autoencoder, checkpoint.vae, where, kind)
     if ops.name == "native":
@@ -109,10 +115,15 @@ def _open(
 
 
 def model_digest(loading: Mapping[str, Any]) -> str:
-    """What of ``load``'s arguments decides pictures, beyond rounding: content of model and LoRAs, and dtype."""
-    dtype = _dtype(loading.get("dtype"), _device(loading.get("device")))
+    """What of ``load``'s arguments decides pictures, beyond rounding: content of model and all it loads, and dtype."""
+    dtype, words = _dtype(loading.get("dtype"), _device(loading.get("device"))), loading.get("embeddings") or {}
     return "-".join(
-        [checkpoint_of(loading).digest(), str(dtype), *(lora.digest() for lora in loading.get("loras", ()))]
+        [
+            checkpoint_of(loading).digest(),
+            str(dtype),
+            *(lora.digest() for lora in loading.get("loras", ())),
+            *(f"{name.lower()}:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}" for name, path in words.items()),
+        ]
     )
 
 
@@ -140,7 +151,12 @@ def _text_model(checkpoint: Checkpoint) -> Any:
 
 
 def _load_text_encoder(
-    checkpoint: Checkpoint, model: Any, device: torch.device, dtype: torch.dtype, change: Changes
+    checkpoint: Checkpoint,
+    model: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    change: Changes,
+    embeddings: Mapping[str, torch.Tensor],
 ) -> TextEncoder:
     from transformers import CLIPTokenizer
 
@@ -150,7 +166,7 @@ def _load_text_encoder(
         if "position_ids" in module._buffers:  # not a weight, so still on meta
             module.position_ids = torch.arange(length, device=device)[None]
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint.tokenizer, local_files_only=True)
-    return TextEncoder(tokenizer, model)
+    return TextEncoder(tokenizer, model, embeddings)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

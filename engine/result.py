@@ -14,6 +14,7 @@ from torch import Tensor
 
 from .observe.masks import BranchMasks
 from .observe.word_maps import AttentionMaps
+from .text.encoder import find_words
 from .version import __version__
 
 A1111_SAMPLERS = {
@@ -94,6 +95,8 @@ class Result:
         }
         if settings["loras"]:
             values["LoRA"] = ", ".join(f"{lora['name']}:{lora['weight']:g}" for lora in settings["loras"])
+        if settings["clip_skip"]:
+            values["Clip skip"] = settings["clip_skip"] + 1
         if settings["strength"] is not None:
             values["Denoising strength"] = f"{settings['strength']:g}"
         if settings["mask_blur"]:
@@ -138,7 +141,9 @@ class Result:
     def _image_settings(self, i: int) -> dict[str, Any]:
         per_image = {name: f"{name}s" for name in ("prompt", "negative_prompt", "seed", "customization")}
         shared = {name: value for name, value in self.settings.items() if name not in per_image.values()}
-        return {name: self.settings[many][i] for name, many in per_image.items()} | shared
+        own = {name: self.settings[many][i] for name, many in per_image.items()}
+        words = find_words(f"{own['prompt']}\n{own['negative_prompt']}", dict.fromkeys(self.settings["embeddings"]))
+        return own | shared | {"embeddings": sorted({word.group().lower() for word in words})}
 
 
 def _quoted(value: Any) -> str:

@@ -1,4 +1,8 @@
-"""Native CPU kernels (``csrc/``) for float32 and bfloat16, one library per instruction set."""
+"""Native CPU kernels (``csrc/``) for float32 and bfloat16, one library per instruction set.
+
+Those that look into a map hold a row of it at once, of 384 keys with AVX-512, 192 with AVX2, 96 without; texts of more
+chunks than that have their columns from torch's attention, and DCI's mix from the eager reference.
+"""
 
 from __future__ import annotations
 
@@ -10,6 +14,8 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..kernels.cross_attention import cross_attention_sdpa
+from ..kernels.dbim import dbim_ref
 from .ops import Ops
 from .packed_weights import PackedConvolution, PackedLinear
 from .small_blocks import SmallBlocks
@@ -110,7 +116,7 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
-        self.max_keys = library.twinstream_attention_block()  # where the map's rows are used
+        self.max_keys = library.twinstream_attention_block()  # of a map's row
         self.linear, self.convolution = PackedLinear(), PackedConvolution()
         self.small = SmallBlocks(library, _check)
         self.no_tokens = torch.empty(0, 0, dtype=torch.int64)
@@ -119,7 +125,8 @@ class Kernels:
         return self._attend(q, k, v, self.no_tokens, n_heads)[0]
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
-        self._check_keys(k)
+        if k.shape[1] > self.max_keys:
+            return cross_attention_sdpa(q, k, v, tokens, n_heads)
         return self._attend(q, k, v, _typed(tokens, torch.int64), n_heads)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
@@ -142,8 +149,9 @@ class Kernels:
         n_heads: int,
         logits: bool,
     ) -> Tensor:
+        if k.shape[1] > self.max_keys:
+            return dbim_ref(q, k, v, chosen, lengths, gates, n_heads, logits)
         is_bfloat16, rows = _check_rows(q, k, v)
-        self._check_keys(k)
         sizes, scratch = self._prepare(q, k, n_heads, rows, is_bfloat16)
         out, masks = q.new_empty(q.shape), q.new_empty(q.shape[0], n_heads, q.shape[1], dtype=torch.float32)
         small = (_typed(chosen, torch.bool), _typed(lengths, torch.int64), _typed(gates, torch.float32))
@@ -267,11 +275,6 @@ class Kernels:
         sizes = _AttentionSizes(B, N, S, n_heads, C // n_heads, *rows)
         n_bytes = self.library.twinstream_attention_scratch(is_bfloat16, ctypes.addressof(sizes))
         return sizes, torch.empty(n_bytes, dtype=torch.uint8)
-
-    def _check_keys(self, k: Tensor) -> None:
-        if k.shape[1] > self.max_keys:
-            rule = f"keys must be at most {self.max_keys} where native attention's map is used"
-            raise ValueError(f"{rule}, got {k.shape[1]}")
 
 
 @cache

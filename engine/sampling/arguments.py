@@ -17,6 +17,7 @@ from ..methods.ico import ICO
 from ..methods.infusion import Infusion
 from ..observe.progress import Callback
 from ..options import check_options, option
+from ..text.chunks import LONG_PROMPTS
 from ..text.weighting import WEIGHTINGS
 from .samplers import SAMPLERS
 from .schedule import SCHEDULES
@@ -146,10 +147,27 @@ class Options:
     latents: Tensor | None = option(None, "unit-variance start noise (B, 4, h, w), in place of the seeds' own.")
     weighting: str = option(
         "a1111",
-        'what (word:1.2) does: "a1111" multiplies the embedding and restores the mean of the whole prompt\'s; '
-        '"comfyui" moves it away from the empty prompt\'s.',
+        'what (word:1.2) does: "a1111" multiplies the embedding and restores the mean of the whole prompt\'s, or of '
+        "each chunk's; \"comfyui\" moves it away from the empty prompt's.",
         partial(check_choice, choices=WEIGHTINGS),
         flags=(),
+        setting=True,
+    )
+    long_prompts: str = option(
+        "chunk",
+        'of prompts beyond 75 tokens: "chunk" encodes them in parts, as A1111 does, which the word BREAK ends too; '
+        '"truncate" cuts them off with a warning; "error" refuses them.',
+        partial(check_choice, choices=LONG_PROMPTS),
+        flags=(),
+        setting=True,
+    )
+    clip_skip: int = option(
+        0,
+        "how many of the text encoder's last layers to leave out, for both prompts, as diffusers counts them; A1111's "
+        "Clip skip is one more.",
+        partial(check_integer, low=0),
+        flags=(),
+        metavar="N",
         setting=True,
     )
     customization: Customization | Sequence[Customization | None] | None = option(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..models.conditioning import Batch, Following, Mixing, Shared
 from .inpaint import join_inpainting
+from .keys import with_common_keys
 from .plan import GuidedBatch, RowPlan
 from .step import Phase, State
 from .table import Coefficients, join_coefficients
@@ -90,13 +91,14 @@ def join_rows(batches: Sequence[GuidedBatch], size: Size = exactly) -> GuidedBat
     """One batch of the rows of several, in the order that all batches have: plain, concept, auxiliary, followers.
 
     Args:
-        batches: whose pairs, where they have some, are of one kind; see ``Layout.mixing_kind``.
+        batches: whose pairs, where they have some, are of one kind; see ``Layout.mixing_kind``. Keys of shorter texts
+            are repeated; see ``keys.py``.
         size: how many plain rows, pairs, followers, followed tokens and trajectories to fill up to. What is filled in
             repeats the first of its kind, and no trajectory that is asked for sees it.
     """
     if len(batches) == 1 and size is exactly:
         return batches[0]
-    return _Joiner(batches, size).joined()
+    return _Joiner(with_common_keys(batches), size).joined()
 
 
 class _Joiner:

@@ -65,10 +65,16 @@ class Drawn:
 
 
 class Layout:
-    """The rows of one phase, built image by image."""
+    """The rows of one phase, built image by image.
 
-    def __init__(self, request: Request, texts: Texts) -> None:
-        self.request, self.known = request, texts
+    Args:
+        request: with the texts of the phase.
+        texts: of the request.
+        written: the request with its prompts as they were given, which tell trajectories apart in every phase.
+    """
+
+    def __init__(self, request: Request, texts: Texts, written: Request) -> None:
+        self.request, self.known, self.written = request, texts, written
         self.is_guided = request.options.guidance_scale != 1
         self.trajectories: dict[Hashable, int] = {}  # the start of each, by what tells it from the others
         self.guided: list[tuple[Row, Row]] = []  # the unconditional and conditional row of each trajectory
@@ -152,13 +158,13 @@ class Layout:
     def _shared_trajectory(self, i: int, concepts: tuple[Concept, ...]) -> int:
         """The plain trajectory of image ``i``, shared by all images with the same texts and the same start."""
         request = self.request
-        prompt, negative = request.prompts[i], request.negative_prompts[i]
         own_start = i if request.image is not None or request.latents is not None else None
-        key = (prompt, negative, concepts, request.seeds[i], own_start)
+        written = self.written.prompts[i], self.written.negative_prompts[i]
+        key = (*written, concepts, request.seeds[i], own_start)
         if key not in self.trajectories:
             trajectory = self._new_trajectory(key, i)
             unconditional = self._own_unconditional(trajectory, i, concepts)
-            self._guide(unconditional, self._own(PLAIN, trajectory, self.known.text(prompt, concepts)))
+            self._guide(unconditional, self._own(PLAIN, trajectory, self.known.text(request.prompts[i], concepts)))
         return list(self.trajectories).index(key)
 
     def _check_placeholders(self, i: int, concepts: tuple[Concept, ...]) -> None:

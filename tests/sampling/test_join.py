@@ -19,6 +19,7 @@ from tests.parity.test_ico import _concept as ico_concept
 from tests.pipelines import random_concept
 
 PROMPT = "a photo of a cat"
+_LONG, _LONGER = f"{PROMPT} " + "on a red beach " * 20, f"{PROMPT} " + "in the snow on a blue beach " * 24
 
 
 def _kinds(sd: engine.Engine) -> dict[str, dict[str, Any]]:
@@ -63,6 +64,18 @@ def _kinds(sd: engine.Engine) -> dict[str, dict[str, Any]]:
             "customization": engine.DCI("cat", "boat", fraction=1.0, noise="independent", guidance="own", strength=0.5)
         },
         "dci twice": {"customization": engine.DCI("cat", fraction=0.3), "images_per_prompt": 2},
+        "long": {"prompt": _LONG},
+        "longer, with a long negative prompt": {"prompt": _LONGER, "negative_prompt": "red " * 90},
+        "long and short": {"prompt": [PROMPT, _LONG], "images_per_prompt": 1, "seed": [40, 41]},
+        "long, parallel": {"prompt": _LONG, "customization": engine.Infusion(concepts[:1])},
+        "longer, shared": {"prompt": _LONGER, "customization": engine.Infusion(concepts[1:], foundation="shared")},
+        "long, dci": {"prompt": _LONG, "customization": engine.DCI("cat", fraction=0.5)},
+        "longer, dci": {"prompt": _LONGER, "customization": engine.DCI("cat", fraction=0.5)},
+        "edited": {"prompt": "a [red:blue:0.5] cat", "negative_prompt": "[dark:2]"},
+        "edited to be long": {"prompt": f"a [cat:{_LONG}:2]", "customization": engine.Infusion(concepts[:1])},
+        "alternating": {"prompt": "a [red|blue|] cat", "customization": engine.DCI("cat", fraction=0.5)},
+        "of an earlier layer": {"clip_skip": 1},
+        "cut off": {"prompt": _LONGER, "long_prompts": "truncate"},
     }
 
 

@@ -13,6 +13,7 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from ...checks import check_integer
 from ...result import A1111_SAMPLERS, A1111_SCHEDULES
 from .decode import black_and_white
 from .errors import ERRORS
@@ -48,6 +49,7 @@ _MOOT = frozenset((
     "inpaint_full_res_padding", "inpainting_mask_invert", "include_init_images", "disable_extra_networks",
     "latent_mask", "firstpass_image", "comments", "infotext", "force_task_id", "distilled_cfg_scale",
 ))  # fmt: skip
+_STOP_AT = "CLIP_stop_at_last_layers"
 _SCHEDULES: dict[str, str | None] = {"automatic": None, "": None}
 _SCHEDULES |= {one.lower(): ours for ours, label in A1111_SCHEDULES.items() for one in (ours, label)}
 _SAMPLERS = {name.lower(): ours for ours, name in A1111_SAMPLERS.items()} | {ours: ours for ours in A1111_SAMPLERS}
@@ -197,7 +199,9 @@ def _options(service: Service, body: Txt2Img) -> dict[str, Any]:
                 raise ValueError(f"{name} must be {_NEUTRAL[name][0]!r} on this server, got {value!r}")
         elif name not in _MOOT:
             raise ValueError(f"{name} is no field that this server knows, got {value!r}")
-    _check_options(service, body.override_settings or {})
+    overrides = dict(body.override_settings or {})
+    stop_at = overrides.pop(_STOP_AT, 1)
+    _check_options(service, overrides)
     scripts = {name: given for name, given in (body.alwayson_scripts or {}).items() if _acts(given)}
     if scripts:
         raise ValueError(f"alwayson_scripts must be empty on this server, got {', '.join(sorted(scripts))}")
@@ -213,6 +217,7 @@ def _options(service: Service, body: Txt2Img) -> dict[str, Any]:
         "steps": 20 if body.steps is None else body.steps,
         "guidance_scale": 7.0 if body.cfg_scale is None else body.cfg_scale,
         "sampler": sampler,
+        "clip_skip": check_integer(_STOP_AT, stop_at, 1) - 1,  # 1 leaves out none
         "images_per_prompt": (body.batch_size or 1) * (body.n_iter or 1),
         "schedule": _SCHEDULES[(body.scheduler or "").lower()],
         "width": body.width,
@@ -251,7 +256,7 @@ def _acts(given: Any) -> bool:
 
 
 def _server_options(service: Service) -> dict[str, Any]:
-    return {"sd_model_checkpoint": service.model_name, "CLIP_stop_at_last_layers": 1, "samples_format": "png"}
+    return {"sd_model_checkpoint": service.model_name, _STOP_AT: 1, "samples_format": "png"}
 
 
 def _check_options(service: Service, given: dict[str, Any]) -> None:
