@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import check_callable, check_choice, check_flag, check_integer, check_number, check_texts
+from ..methods.control import Control, check_controls
 from ..methods.dci import DCI
 from ..methods.ico import ICO
 from ..methods.infusion import Infusion
@@ -132,6 +133,9 @@ class Options:
         None,
         "an Infusion, ICO or DCI for all images, or a list with one per image; None draws with the model as it is. "
         "Images with the same texts, seed and start share one foundation.",
+    )
+    control: Control | Sequence[Control] = option(
+        (), "engine.Control(net, image), or several: ControlNets that act upon all images.", check_controls
     )
     attention_words: Sequence[str] = option(
         (),

@@ -18,6 +18,7 @@ from ..methods.dci import DCI
 from ..methods.infusion import Infusion
 from ..models.conditioning import Batch, Following, Mixing, Shared, TextKV
 from ..observe.word_maps import Watched
+from .control import NetPlanner, NetRows, acting, control_ends
 from .layout import Layout
 from .request import Request
 
@@ -32,6 +33,7 @@ class GuidedBatch:
         unconditional, conditional: (P,) the two rows that guidance combines; one row twice where it is off.
         guidance_scale: (P, 1, 1, 1) float32.
         guidance_rescale: likewise; None where it is 0 for all.
+        nets: the ControlNets that act upon some of the rows.
     """
 
     batch: Batch
@@ -40,6 +42,12 @@ class GuidedBatch:
     conditional: Tensor
     guidance_scale: Tensor
     guidance_rescale: Tensor | None = None
+    nets: tuple[NetRows, ...] = ()
+
+    @property
+    def n_rows(self) -> tuple[int, int]:
+        """Of the UNet, and of all ControlNets together."""
+        return len(self.trajectories), sum(len(one.rows) for one in self.nets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -81,18 +89,20 @@ def make_plans(
         device: where the plans' tensors go.
 
     Returns:
-        One plan per phase; a phase ends where an auxiliary branch does.
+        One plan per phase; a phase ends where an auxiliary branch does, or a ControlNet comes or leaves.
 
     Raises:
-        ValueError: a customised noun is absent from its prompt, ambiguous or cut off.
+        ValueError: a customised noun is absent from its prompt, ambiguous or cut off; a ControlNet is of another model.
         NonFiniteError: the text encoder produced NaN or infinity.
     """
     phases = lay_out(request, steps, texts)
     known = list(dict.fromkeys(owner.text for _, layout in phases for owner in layout.all_owners))
-    text_kv = concepts.text_kv(known, texts.encode(known, request.options.weighting))
+    context = texts.encode(known, request.options.weighting)
+    text_kv = concepts.text_kv(known, context)
+    nets = NetPlanner(request, known, context, concepts.unet) if request.options.control else None
     plans, before = [], phases[0][1]
     for n_steps, layout in phases:
-        planner = _Planner(layout, concepts, device)
+        planner = _Planner(layout, concepts, device, () if nets is None else nets.rows(layout))
         plans.append(planner.plan(n_steps, list(before.trajectories), known, text_kv))
         before = layout
     return plans
@@ -102,8 +112,8 @@ def lay_out(request: Request, steps: int, texts: Texts) -> list[tuple[int, Layou
     """The layout of each phase, and for how many of the ``steps`` evaluations; raises as ``make_plans`` does."""
     ends = {custom.mixing_steps(steps) for custom in request.customizations if isinstance(custom, DCI)}
     phases = []
-    for first, last in pairwise(sorted({0, steps} | ends)):
-        layout = Layout(request, texts)
+    for first, last in pairwise(sorted({0, steps} | ends | control_ends(request, steps))):
+        layout = Layout(request, texts, acting(request, first, steps))
         for i, custom in enumerate(request.customizations):
             if isinstance(custom, Infusion):
                 layout.add_infusion(i, custom)
@@ -118,8 +128,8 @@ def lay_out(request: Request, steps: int, texts: Texts) -> list[tuple[int, Layou
 class _Planner:
     """Makes tensors of a layout."""
 
-    def __init__(self, layout: Layout, concepts: ConceptCache, device: torch.device) -> None:
-        self.layout, self.concepts, self.device = layout, concepts, device
+    def __init__(self, layout: Layout, concepts: ConceptCache, device: torch.device, nets: tuple[NetRows, ...]) -> None:
+        self.layout, self.concepts, self.device, self.nets = layout, concepts, device, nets
         self.slots = layout.slots()
 
     def plan(self, steps: int, before: Sequence[object], known: Sequence[Text], text_kv: TextKV) -> RowPlan:
@@ -162,6 +172,7 @@ class _Planner:
             conditional=self._index([layout.number(row) for _, row in layout.guided]),
             guidance_scale=scale,
             guidance_rescale=torch.full_like(scale, rescale) if rescale else None,
+            nets=self.nets,
         )
 
     def _following(self) -> Following:

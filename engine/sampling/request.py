@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checks import check_integer, check_texts
 from ..methods.dci import DCI
 from .arguments import DEFAULT_STRENGTH, Customization, Options
+from .hints import make_hints
 from .samplers import WITH_ETA
 
 _MAX_SEED = 2**64 - 1
@@ -48,6 +49,7 @@ class Request:
         begin: the first step taken.
         image: (I, 3, H, W) float32 in [-1, 1].
         latents: (I, 4, h, w) float32.
+        hints: each control's pictures; see ``hints.make_hints``.
     """
 
     options: Options
@@ -58,6 +60,7 @@ class Request:
     begin: int
     image: Tensor | None
     latents: Tensor | None
+    hints: tuple[Tensor, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -76,6 +79,7 @@ class Request:
             **{one.name: getattr(self.options, one.name) for one in fields(Options) if one.metadata["setting"]},
             "strength": None if self.image is None else self.options.strength,
             "given_latents": self.latents is not None,
+            "control": [one.settings() for one in self.options.control],
         }
 
 
@@ -107,6 +111,7 @@ def make_request(limits: ModelLimits, prompt: str | Sequence[str], options: Opti
         begin=begin,
         image=None if pictures is None else _image_tensor(pictures, height, width),
         latents=None if options.latents is None else _start_noise(limits, options.latents, n_images, height, width),
+        hints=make_hints(options.control, len(prompts), n_images, (height, width), limits.factor),
     )
 
 

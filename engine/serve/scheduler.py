@@ -25,6 +25,7 @@ from ..observe.progress import StageClock, Steps
 from ..options import make_options, takes
 from ..result import Result
 from ..sampling.arguments import Options
+from ..sampling.control import cost_in_rows
 from ..sampling.join import bucket, exactly
 from ..sampling.plan import lay_out
 from ..sampling.request import Request, make_request
@@ -149,7 +150,7 @@ class Scheduler(Queue[Job]):
         options = request.options
         steps = len(self.sd.timetables(options.sampler, options.steps, options.eta, request.begin, options.schedule))
         layouts = lay_out(request, steps, Texts(self.sd.text_encoder))
-        return tuple(Phase(n_steps, layout.n_rows, layout.mixing_kind) for n_steps, layout in layouts)
+        return tuple(Phase(n_steps, cost_in_rows(layout), layout.mixing_kind) for n_steps, layout in layouts)
 
     @torch.no_grad()
     def _work(self) -> None:
