@@ -99,6 +99,7 @@ def load_controlnet(path: str | Path, sd: Engine, config: str | Path | None = No
 
     Raises:
         CheckpointError: files are missing or damaged, or the net belongs to a model of other sizes.
+        ValueError: a config is not one of a ControlNet of the SD-v1 family; the message names the field.
     """
     prefer_fp16 = sd.dtype == torch.float16
     folder = None if config is None else Path(config)
