@@ -20,6 +20,7 @@ from engine.models.controlnet import ControlNetConfig, ControlNetModel
 from engine.models.unet import UNet2DConditionModel
 from engine.sampling import out_of_memory
 from engine.sampling.control import cost_in_rows, net_residuals
+from engine.sampling.hints import make_hints
 from engine.sampling.plan import lay_out, make_plans
 from tests.controlnets import hint, random_controlnet
 from tests.parity.test_ico import _concept as ico_concept
@@ -227,6 +228,22 @@ def test_pictures_of_one_request_with_hints_of_their_own(small: engine.Engine, n
     assert len(layout.trajectories) == 2, "the plain picture is the foundation"
 
 
+def test_a_scheduler_draws_with_nets(small: engine.Engine, nets: list[ControlNetModel]) -> None:
+    controls = [
+        engine.Control(nets[0], hint(1), end=0.7),
+        engine.Control(nets[0], hint(2)),
+        engine.Control(nets[1], hint(3)),
+    ]
+    options = {"steps": 4, "output": "latent"}
+    with engine.Scheduler(small, max_rows=32) as scheduler:
+        jobs = [scheduler.submit(_PROMPT, seed=i, control=one, **options) for i, one in enumerate(controls)]
+        jobs.append(scheduler.submit(_PROMPT, seed=3, **options))
+        together = [job.result(timeout=120).latents for job in jobs]
+    for i, one in enumerate([*controls, ()]):
+        alone = small.generate(_PROMPT, seed=i, control=one, progress=False, **options).latents
+        assert _error(together[i], alone) < 1e-5
+
+
 def test_memory_counts_what_nets_add(
     small: engine.Engine, nets: list[ControlNetModel], monkeypatch: pytest.MonkeyPatch
 ) -> None:
@@ -354,3 +371,15 @@ def test_command_line(small_folder: Path, tmp_path: Path, capsys: Any) -> None:
         assert "control must be NET=IMAGE, NET=IMAGE:WEIGHT" in capsys.readouterr().err
     assert main([*draw, "--control", f"{net}={tmp_path / 'none.png'}"]) == 1
     assert "cannot be read as a picture" in capsys.readouterr().err
+
+
+def test_arrays_of_floats_are_resized_as_pictures_are(nets: list[ControlNetModel]) -> None:
+    """But for the rounding to 8 bits, also between Pillow's two passes; and Lanczos' overshoot is cut off."""
+    pixels = np.zeros((40, 30, 3), np.float32)
+    pixels[10:, :12, 0] = pixels[20:, :, 1] = 1.0
+    controls = [engine.Control(nets[0], picture) for picture in (pixels, (pixels * 255).astype(np.uint8))]
+    floats, bytes_ = make_hints(controls, 1, 1, (16, 24), 2)
+    assert floats.shape == (1, 3, 16, 24)
+    assert (float(floats.min()), float(floats.max())) == (0.0, 1.0)
+    assert (floats - bytes_).abs().max() < 0.02
+    assert floats[0, 2].max() == 0
