@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -137,7 +137,8 @@ def asked_controls(texts: Sequence[str], sd: Engine) -> list[Control]:
             raise ValueError(f"control must be NET=IMAGE, NET=IMAGE:WEIGHT or NET=IMAGE:WEIGHT:START:END, got {text!r}")
         if path not in nets:
             nets[path] = load_controlnet(path, sd)
-        controls.append(Control(nets[path], read_picture(image), *values))
+        given = dict(zip(("weight", "start", "end"), values, strict=False))
+        controls.append(replace(Control(nets[path], read_picture(image)), **given))
     return controls
 
 

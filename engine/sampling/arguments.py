@@ -134,8 +134,8 @@ class Options:
         "an Infusion, ICO or DCI for all images, or a list with one per image; None draws with the model as it is. "
         "Images with the same texts, seed and start share one foundation.",
     )
-    control: Control | Sequence[Control] = option(
-        (), "engine.Control(net, image), or several: ControlNets that act upon all images.", check_controls
+    control: Sequence[Control] = option(
+        (), "ControlNets that act upon all images: a list of engine.Control(net, image), or one.", check_controls
     )
     attention_words: Sequence[str] = option(
         (),

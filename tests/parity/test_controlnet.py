@@ -93,6 +93,7 @@ _CASES: dict[str, tuple[list[int], dict[str, list[Any]]]] = {  # nets, and what 
     "guess mode": ([0], {"weight": [0.7], "guess": [True]}),
     "guess mode, two": ([0, 1], {"guess": [True, True], "end": [1.0, 0.6]}),
     "pooled": ([2], {"weight": [0.7], "end": [0.8]}),
+    "pooled, guess mode": ([2], {"guess": [True]}),
 }
 
 
