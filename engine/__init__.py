@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     )
     from .loading import generate, load
     from .methods.concept import Concept
+    from .methods.control import Control, load_controlnet
     from .methods.dci import DCI
     from .methods.foreign import import_custom_diffusion, import_lora, import_textual_inversion
     from .methods.ico import ICO
@@ -38,6 +39,7 @@ _HOMES = {
     "CheckpointError": "errors",
     "Concept": "methods.concept",
     "ConceptFileError": "errors",
+    "Control": "methods.control",
     "DCI": "methods.dci",
     "DeadlineError": "errors",
     "Engine": "engine",
@@ -56,6 +58,7 @@ _HOMES = {
     "import_lora": "methods.foreign",
     "import_textual_inversion": "methods.foreign",
     "load": "loading",
+    "load_controlnet": "methods.control",
     "train_ico": "train.ico",
     "train_infusion": "train.infusion",
 }
@@ -66,6 +69,7 @@ __all__ = [
     "CheckpointError",
     "Concept",
     "ConceptFileError",
+    "Control",
     "DeadlineError",
     "Engine",
     "Infusion",
@@ -83,6 +87,7 @@ __all__ = [
     "import_lora",
     "import_textual_inversion",
     "load",
+    "load_controlnet",
     "train_ico",
     "train_infusion",
 ]

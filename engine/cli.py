@@ -14,6 +14,7 @@ from .checks import check_choice, check_integer
 from .cli_runs import add_batch, add_convert, add_evaluate, add_serve, add_toy, loading_arguments
 from .loading import BACKENDS
 from .methods.asked import Asked
+from .methods.control import asked_controls
 from .options import on_command_line
 from .sampling.arguments import Options
 from .train.ico import ICOOptions
@@ -83,6 +84,9 @@ def _parser() -> argparse.ArgumentParser:
     generate.add_argument(
         "--dci-fraction", type=float, default=0.15, help="share of the steps that mix, from the first"
     )
+    help = "draw with this ControlNet and hint picture, weight 1 from 0 to 1 unless given; may be repeated"
+    form = "NET=IMAGE[:WEIGHT[:START:END]]"
+    generate.add_argument("--control", action="append", default=[], metavar=form, help=help)
     generate.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)")
     generate.add_argument("--grid", action="store_true", help="also write all pictures as one sheet, grid.png")
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -212,7 +216,8 @@ def _generate(arguments: argparse.Namespace) -> int:
         options[name] = Image.open(options[name])
     if arguments.size is not None:
         options["width"], options["height"] = arguments.size
-    out = _load(arguments).generate(arguments.prompts, **options)
+    sd = _load(arguments)
+    out = sd.generate(arguments.prompts, **options, control=asked_controls(arguments.control, sd))
     for path, prompt in zip(out.save(arguments.out), out.settings["prompts"], strict=True):
         print(f"{path}  {prompt}")
     if arguments.grid:

@@ -195,8 +195,8 @@ class Engine:
     def out_of_memory(self, request: Request, denoising: Denoising) -> OutOfMemoryError:
         """The error where a step does not fit, which says what would; gives back all that can be first."""
         self._free()
-        n_rows = max(len(plan.rows.trajectories) for plan in denoising.plans)
-        return out_of_memory(self.unet, self.limits.factor, len(request.seeds), n_rows, request.size)
+        n_rows, n_net_rows = max(plan.rows.n_rows for plan in denoising.plans)
+        return out_of_memory(self.unet, self.limits.factor, len(request.seeds), n_rows, request.size, n_net_rows)
 
     def _free(self) -> None:
         """Give back what can be rebuilt."""

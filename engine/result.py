@@ -113,6 +113,12 @@ class Result:
             else:
                 method = {"infusion": "Infusion", "ico": "ICO"}[custom["method"]]
                 values[method] = "+".join(concept["name"] for concept in custom["concepts"])
+        for number, one in enumerate(settings["control"]):
+            steps = f"Guidance Start: {one['start']:g}, Guidance End: {one['end']:g}"
+            mode = "ControlNet is more important" if one["guess_mode"] else "Balanced"
+            values[f"ControlNet {number}"] = (
+                f"Model: {one['name']}, Weight: {one['weight']:g}, {steps}, Control Mode: {mode}"
+            )
         values["Version"] = f"twinstream {__version__}"
         return "\n".join([*lines, ", ".join(f"{name}: {_quoted(value)}" for name, value in values.items())])
 

@@ -13,6 +13,7 @@ from PIL import Image
 
 import engine
 from engine import cli
+from tests.controlnets import hint, random_controlnet
 from tests.loras import write_kohya
 
 _ROOT = Path(__file__).parent.parent
@@ -30,12 +31,14 @@ def _blocks(page: Path, language: str) -> list[str]:
 
 @pytest.fixture
 def desk(small: engine.Engine, small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
-    """A folder with what the snippets name: a model, here a tiny one, a LoRA, and pictures to learn from."""
+    """A folder with what the snippets name: a model, here a tiny one, a LoRA, a ControlNet, and pictures."""
     monkeypatch.chdir(tmp_path)
     Path("path/to").mkdir(parents=True)
     Path("path/to/stable-diffusion-v1-5").symlink_to(small_folder)
     write_kohya(small, Path("path/to/lace.safetensors"))
     Image.new("L", (16, 16), 255).save("path/to/mask.png")
+    random_controlnet(small, Path("path/to/control_v11p_sd15_canny"), small_folder)
+    hint().save("path/to/edges.png")
     for name in ("my-cat", "my-toy"):
         folder = Path("path/to") / name
         folder.mkdir()

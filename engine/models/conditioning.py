@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor
@@ -83,6 +83,35 @@ class Batch:
 
 
 @dataclass(frozen=True, slots=True)
+class Residuals:
+    """What a ControlNet adds to the skip connections, and to the middle's output, of N rows (arXiv:2302.05543, eq. 2).
+
+    Attributes:
+        rows: (N,) int64, the rows of the UNet's batch that get something.
+        scales: (N, L), each row's factor on each.
+        skips: one for each skip connection, (N, C, h, w), or (N, C, 1, 1) for all positions alike.
+        middle: likewise for the middle's output; the last of the L.
+    """
+
+    rows: Tensor
+    scales: Tensor
+    skips: Sequence[Tensor]
+    middle: Tensor
+
+    def add_to(self, skips: list[Tensor], middle: Tensor) -> Tensor:
+        """Replace the UNet's ``skips`` by their sums, one after the other, and return the middle's; see ``_sum``."""
+        for level, own in enumerate(self.skips):
+            skips[level] = self._sum(skips[level], own, level)
+        return self._sum(middle, self.middle, -1)
+
+    def _sum(self, x: Tensor, own: Tensor, level: int) -> Tensor:
+        """Rows that get nothing stay as they are, to the bit, whatever is in those of others."""
+        scaled = self.scales[:, level, None, None, None] * own
+        scaled = scaled.to(x.dtype).expand(-1, -1, *x.shape[2:])
+        return x.clone().index_add_(0, self.rows, scaled)  # clone keeps channels last
+
+
+@dataclass(frozen=True, slots=True)
 class Conditioning:
     """What the rows of a batch are conditioned on at one step, projected for every layer.
 
@@ -92,12 +121,14 @@ class Conditioning:
         observe: called with layer, attention output (B - F, N, C) and map columns (B - F, N, T*H) where tokens are
             followed.
         observe_masks: called with layer and masks (2M, H, N) float32, the softmax over space, where rows mix by masks.
+        residuals: what ControlNets add, one after the other.
     """
 
     batch: Batch
     shifts: Tensor
     observe: Observe | None = None
     observe_masks: ObserveMasks | None = None
+    residuals: tuple[Residuals, ...] = ()
 
     def to_rows(self, x: Tensor) -> Tensor:
         """Activations of all rows, from those of all rows or of shared latents."""

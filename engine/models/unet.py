@@ -7,7 +7,7 @@ their own entry by index, so the rows of one batch may differ in timestep, promp
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from typing import cast
 
 import torch
@@ -97,38 +97,28 @@ class TimestepEmbedding(nn.Module):
         return self.linear_2(F.silu(self.linear_1(x)))
 
 
-class UNet2DConditionModel(nn.Module):
-    """Predicts the noise in latents, given timesteps and text. Weights are immutable; see ``Conditioning``."""
+class UNetEncoder(nn.Module):
+    """A UNet's way down to its middle, which a ControlNet is a copy of, and what of a model is projected ahead."""
 
-    def __init__(self, config: UNetConfig, ops: Ops = TORCH) -> None:
+    def __init__(self, config: UNetConfig, ops: Ops) -> None:
         super().__init__()
         self.config = config
         widths, heads, attention = config.block_out_channels, config.n_heads, config.down_has_attention
-        n = len(widths)
         self.conv_in = nn.Conv2d(config.in_channels, widths[0], 3, padding=1)
         self.time_embedding = TimestepEmbedding(widths[0], 4 * widths[0])
-
-        skips, x = [widths[0]], widths[0]  # channels of the skip connections, and of the running feature map
+        self.skip_channels, x = [widths[0]], widths[0]  # of the skip connections, and of the running feature map
         self.down_blocks = nn.ModuleList()
-        for i in range(n):
-            last = i == n - 1
-            channels = [x] + [widths[i]] * (config.layers_per_block - 1)
-            self.down_blocks.append(DownBlock2D(channels, widths[i], heads[i], attention[i], last, config, ops))
-            x = widths[i]
-            skips += [x] * (config.layers_per_block + (not last))
+        for i, width in enumerate(widths):
+            last = i == len(widths) - 1
+            channels = [x] + [width] * (config.layers_per_block - 1)
+            self.down_blocks.append(DownBlock2D(channels, width, heads[i], attention[i], last, config, ops))
+            x = width
+            self.skip_channels += [x] * (config.layers_per_block + (not last))
         self.mid_block = UNetMidBlock2DCrossAttn(x, heads[-1], config, ops)
-        self.up_blocks = nn.ModuleList()
-        for i in reversed(range(n)):
-            channels = []
-            for _ in range(config.layers_per_block + 1):
-                channels.append(x + skips.pop())
-                x = widths[i]
-            self.up_blocks.append(UpBlock2D(channels, x, heads[i], attention[i], i == 0, config, ops))
 
-        self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, widths[0], config.norm_eps, ops)
-        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
-        stages = [*self.down_blocks, self.mid_block, *self.up_blocks]
-        layers = [module for stage in stages for module in stage.modules()]  # in forward order
+    def _number_layers(self, stages: Iterable[nn.Module]) -> None:
+        """Give the layers of ``stages``, in forward order, their places in shifts and texts."""
+        layers = [module for stage in stages for module in stage.modules()]
         names = {module: name for name, module in self.named_modules()}
         self.resnets = [module for module in layers if isinstance(module, UNetResnet)]
         # by the names that concepts use ("...attn2")
@@ -141,14 +131,6 @@ class UNet2DConditionModel(nn.Module):
             resnet.channels = slice(first, first := first + len(resnet.conv1.bias))
         for i, attn2 in enumerate(self.cross_attentions.values()):
             attn2.layer = i
-
-    def with_weights(self, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
-        """Another UNet with other values of some parameters; see ``sharing.with_weights``."""
-        other, own = cast(UNet2DConditionModel, with_weights(self, weights)), set(self.modules())
-        for module in other.modules():
-            if isinstance(module, Transformer2DModel) and module not in own and module.composed:
-                module.compose()
-        return other
 
     def compose(self) -> None:
         """Make products of projections that follow one another; weights must not change after."""
@@ -167,14 +149,46 @@ class UNet2DConditionModel(nn.Module):
         context = context.to(self.conv_in.weight.dtype)
         return tuple((attn2.to_k(context), attn2.to_v(context)) for attn2 in self.cross_attentions.values())
 
-    def denoise(self, sample: Tensor, condition: Conditioning) -> Tensor:
-        """Noise prediction (B, 4, h, w) for latents ``sample`` (B, 4, h, w), or (P, 4, h, w) where rows share them."""
-        x = self.conv_in(sample)
+    def encode(self, x: Tensor, condition: Conditioning) -> tuple[list[Tensor], Tensor]:
+        """The skip connections from what ``conv_in`` gave, and the middle's output; rows of latents may come once."""
         skips = [x]
         for block in self.down_blocks:
             skips += block(skips[-1], condition)
         skips = [condition.to_rows(skip) for skip in skips]
-        x = self.mid_block(skips[-1], condition)
+        return skips, self.mid_block(skips[-1], condition)
+
+
+class UNet2DConditionModel(UNetEncoder):
+    """Predicts the noise in latents, given timesteps and text. Weights are immutable; see ``Conditioning``."""
+
+    def __init__(self, config: UNetConfig, ops: Ops = TORCH) -> None:
+        super().__init__(config, ops)
+        widths, heads, attention = config.block_out_channels, config.n_heads, config.down_has_attention
+        skips, x = list(self.skip_channels), widths[-1]
+        self.up_blocks = nn.ModuleList()
+        for i in reversed(range(len(widths))):
+            channels = []
+            for _ in range(config.layers_per_block + 1):
+                channels.append(x + skips.pop())
+                x = widths[i]
+            self.up_blocks.append(UpBlock2D(channels, x, heads[i], attention[i], i == 0, config, ops))
+        self.conv_norm_out = GroupNormSiLU(config.norm_num_groups, widths[0], config.norm_eps, ops)
+        self.conv_out = nn.Conv2d(widths[0], config.out_channels, 3, padding=1)
+        self._number_layers([*self.down_blocks, self.mid_block, *self.up_blocks])
+
+    def with_weights(self, weights: Mapping[str, Tensor]) -> UNet2DConditionModel:
+        """Another UNet with other values of some parameters; see ``sharing.with_weights``."""
+        other, own = cast(UNet2DConditionModel, with_weights(self, weights)), set(self.modules())
+        for module in other.modules():
+            if isinstance(module, Transformer2DModel) and module not in own and module.composed:
+                module.compose()
+        return other
+
+    def denoise(self, sample: Tensor, condition: Conditioning) -> Tensor:
+        """Noise prediction (B, 4, h, w) for latents ``sample`` (B, 4, h, w), or (P, 4, h, w) where rows share them."""
+        skips, x = self.encode(self.conv_in(sample), condition)
+        for one in condition.residuals:
+            x = one.add_to(skips, x)
         for block in self.up_blocks:
             x = block(x, skips, condition)
         return self.conv_out(self.conv_norm_out(x))

@@ -12,6 +12,7 @@ from PIL import Image
 from torch import Tensor
 
 from ..checks import check_callable, check_choice, check_flag, check_integer, check_number, check_texts
+from ..methods.control import Control, check_controls
 from ..methods.dci import DCI
 from ..methods.ico import ICO
 from ..methods.infusion import Infusion
@@ -174,6 +175,9 @@ class Options:
         None,
         "an Infusion, ICO or DCI for all images, or a list with one per image; None draws with the model as it is. "
         "Images with the same texts, seed and start share one foundation.",
+    )
+    control: Sequence[Control] = option(
+        (), "ControlNets that act upon all images: a list of engine.Control(net, image), or one.", check_controls
     )
     attention_words: Sequence[str] = option(
         (),

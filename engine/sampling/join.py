@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.conditioning import Batch, Following, Mixing, Shared
+from .control import join_nets, net_shifts
 from .inpaint import join_inpainting
 from .keys import with_common_keys
 from .plan import GuidedBatch, RowPlan
@@ -47,15 +48,23 @@ def join_phases(plans: Sequence[RowPlan], timetables: Sequence[Timetable], size:
     tables = [one.table.coefficients for one in distinct]
     coefficients = join_coefficients(tables, size(max(one.state.shape[-1] for one in tables)))
     shifts = torch.cat([one.shifts for one in distinct])
-    phase = make_phase(join_rows([plan.rows for plan in plans], size), coefficients, shifts, size)
+    rows = join_rows([plan.rows for plan in plans], size)
+    phase = make_phase(rows, coefficients, shifts, size, net_shifts(rows.nets, distinct))
     return phase, [starts[one] for one in timetables]
 
 
-def make_phase(rows: GuidedBatch, coefficients: Coefficients, shifts: Tensor, size: Size = exactly) -> Phase:
-    """A phase whose schedules, with the UNet's ``shifts`` (T, sum of C) on them, are filled up to a round length."""
+def make_phase(
+    rows: GuidedBatch,
+    coefficients: Coefficients,
+    shifts: Tensor,
+    size: Size = exactly,
+    net_shifts: Sequence[Tensor] = (),
+) -> Phase:
+    """A phase whose schedules, with shifts (T, sum of C) of UNet and nets on them, are filled up to a round length."""
     missing = _ROOM * size(-(-len(shifts) // _ROOM)) - len(shifts)
     padded = coefficients.map(lambda x: F.pad(x, (0, 0) * (x.ndim - 1) + (0, missing)))
-    return Phase(rows, padded, F.pad(shifts, (0, 0, 0, missing)))
+    longer, *of_nets = (F.pad(one, (0, 0, 0, missing)) for one in (shifts, *net_shifts))
+    return Phase(rows, padded, longer, tuple(of_nets))
 
 
 def join_states(together: Sequence[Denoising], offsets: Sequence[int], phase: Phase) -> State:
@@ -160,6 +169,7 @@ class _Joiner:
             conditional=self._placed([one.conditional for one in self.batches])[filled],
             guidance_scale=torch.cat([one.guidance_scale for one in self.batches])[filled],
             guidance_rescale=self._rescale(filled),
+            nets=join_nets([one.nets for one in self.batches], self.places, starts, self.size),
         )
 
     def _rescale(self, filled: Tensor) -> Tensor | None:

@@ -20,6 +20,7 @@ from torch import Tensor
 from ..methods.concept_cache import Texts
 from ..methods.dci import DCI
 from ..methods.ico import ICO
+from ..models.conditioning import TextKV
 from ..text.encoder import Tokens
 from .layout import Layout, Owner
 
@@ -87,8 +88,13 @@ def _repeated(rows: GuidedBatch, times: int) -> GuidedBatch:
     if mixing is not None:
         n_more = (times - 1) * mixing.chosen.shape[1]
         mixing = replace(mixing, chosen=F.pad(mixing.chosen, (0, n_more)), gates=repeated_gates(mixing.gates, times))
-    text = tuple((keys.repeat(1, times, 1), values.repeat(1, times, 1)) for keys, values in batch.text)
-    return replace(rows, batch=replace(batch, text=text, following=following, mixing=mixing))
+    text = _tiled(batch.text, times)
+    nets = tuple(replace(one, batch=replace(one.batch, text=_tiled(one.batch.text, times))) for one in rows.nets)
+    return replace(rows, batch=replace(batch, text=text, following=following, mixing=mixing), nets=nets)
+
+
+def _tiled(text: TextKV, times: int) -> TextKV:
+    return tuple((keys.repeat(1, times, 1), values.repeat(1, times, 1)) for keys, values in text)
 
 
 def repeated_gates(gates: Tensor, times: int | Tensor) -> Tensor:

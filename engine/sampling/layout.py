@@ -15,6 +15,7 @@ from ..methods.concept_cache import Text, Texts
 from ..methods.dci import DCI, Branches, make_branches
 from ..methods.infusion import Infusion, token_positions
 from ..text.words import find_noun, find_phrase, word_pattern
+from .hints import picture_of
 from .request import Request
 
 Residuals = Mapping[int, Sequence[tuple[Concept, float]]]  # concepts and strengths that act on a token, by its position
@@ -71,10 +72,11 @@ class Layout:
         request: with the texts of the phase.
         texts: of the request.
         written: the request with its prompts as they were given, which tell trajectories apart in every phase.
+        controls: those of the request's that act in the phase.
     """
 
-    def __init__(self, request: Request, texts: Texts, written: Request) -> None:
-        self.request, self.known, self.written = request, texts, written
+    def __init__(self, request: Request, texts: Texts, written: Request, controls: tuple[int, ...] = ()) -> None:
+        self.request, self.known, self.written, self.controls = request, texts, written, controls
         self.is_guided = request.options.guidance_scale != 1
         self.trajectories: dict[Hashable, int] = {}  # the start of each, by what tells it from the others
         self.guided: list[tuple[Row, Row]] = []  # the unconditional and conditional row of each trajectory
@@ -140,6 +142,15 @@ class Layout:
         """What must be alike in all pairs of a batch; None where no rows mix."""
         return self.pairs[0].kind if self.pairs else None
 
+    def images_of_trajectories(self) -> dict[int, int]:
+        """For each trajectory an image that it is of: the first of those that share it."""
+        found: dict[int, int] = {}
+        keys = list(self.trajectories)
+        for i, drawn in reversed(list(enumerate(self.drawn))):
+            own = [drawn.trajectory, drawn.foundation, *(at for at, key in enumerate(keys) if key == ("auxiliary", i))]
+            found |= {trajectory: i for trajectory in own if trajectory is not None}
+        return found
+
     def number(self, row: Row) -> int:
         """A row's place in the batch: plain rows, concept rows, auxiliary rows, followers."""
         segment, number = row
@@ -159,8 +170,9 @@ class Layout:
         """The plain trajectory of image ``i``, shared by all images with the same texts and the same start."""
         request = self.request
         own_start = i if request.image is not None or request.latents is not None else None
+        hints = tuple(picture_of(one, i, len(request.seeds)) for one in request.hints)
         written = self.written.prompts[i], self.written.negative_prompts[i]
-        key = (*written, concepts, request.seeds[i], own_start)
+        key = (*written, concepts, request.seeds[i], own_start, hints)
         if key not in self.trajectories:
             trajectory = self._new_trajectory(key, i)
             unconditional = self._own_unconditional(trajectory, i, concepts)

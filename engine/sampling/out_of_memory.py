@@ -2,14 +2,15 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import TypeVar
 
 import torch
 
 from ..errors import OutOfMemoryError
-from ..models.unet import UNet2DConditionModel
+from ..methods.control import Control
+from ..models.unet import UNet2DConditionModel, UNetEncoder
 from ..models.vae import AutoencoderKL
 from .arguments import Options
 
@@ -25,9 +26,9 @@ def check_memory(
 ) -> None:
     """Raise ``OutOfMemoryError`` where the least that a request needs exceeds what the memory holds now.
 
-    A bound from below, so that nothing is refused that fits: the skip connections of one row per image; what the VAE's
-    last level holds at once, of all pictures, or of one where it runs picture by picture (a GPU falls back to that by
-    itself); and the pictures.
+    A bound from below, so that nothing is refused that fits: the skip connections of one row per image, and as many
+    again for what each ControlNet adds to them; what the VAE's last level holds at once, of all pictures, or of one
+    where it runs picture by picture (a GPU falls back to that by itself); and the pictures.
     """
     device = unet.conv_in.weight.device
     available = available_bytes(device)
@@ -37,11 +38,13 @@ def check_memory(
     one_at_a_time = options.vae_slicing or device.type == "cuda"
     runs_vae = not options.vae_tiling and (options.output != "latent" or options.image is not None)
     decoded = (1 if one_at_a_time else n_images) * pixels * _vae_bytes_per_pixel(vae) if runs_vae else 0
-    step = n_images * pixels // vae.config.factor**2 * _unet_bytes_per_position(unet)
+    per_position = _unet_bytes_per_position(unet) + _nets_bytes_per_position(options.control)
+    step = n_images * pixels // vae.config.factor**2 * per_position
     needed = max(step, decoded) + n_images * pixels * _BYTES_OF_PIXELS
     if needed > available:
         rule = f"the memory of {device} must hold all images drawn at once"
-        found = f"{n_images} of {height}x{width}: at least {needed / 1e9:.3g} GB, with {available / 1e9:.3g} GB free"
+        asked = f"{n_images} of {height}x{width}{_with_nets(len(options.control))}"
+        found = f"{asked}: at least {needed / 1e9:.3g} GB, with {available / 1e9:.3g} GB free"
         advice = "draw fewer or smaller ones" if decoded <= step or one_at_a_time else "try vae_slicing=True"
         raise OutOfMemoryError(f"{rule}, got {found}; {advice}")
 
@@ -75,7 +78,18 @@ def _cgroup_bytes() -> int | None:
     return None if limit == "max" else int(limit) - used
 
 
-def _unet_bytes_per_position(unet: UNet2DConditionModel) -> int:
+def _nets_bytes_per_position(controls: Sequence[Control]) -> int:
+    """Of what ControlNets that act at one time add to the skip connections, per latent position."""
+    own = [(one, 0 if one.net.control.is_pooled else _unet_bytes_per_position(one.net)) for one in controls]
+    always = sum(n for one, n in own if (one.start, one.end) == (0, 1))
+    return always + max((n for one, n in own if (one.start, one.end) != (0, 1)), default=0)
+
+
+def _with_nets(n_nets: int) -> str:
+    return f" with {n_nets} ControlNet{'s' if n_nets > 1 else ''}" if n_nets else ""
+
+
+def _unet_bytes_per_position(unet: UNetEncoder) -> int:
     """Of the skip connections, all of which a step holds at once, per latent position."""
     config, weight = unet.config, unet.conv_in.weight
     channels = float(config.block_out_channels[0])
@@ -133,12 +147,16 @@ def batch_rows(unet: UNet2DConditionModel, vae: AutoencoderKL, height: int, widt
 
 
 def out_of_memory(
-    unet: UNet2DConditionModel, factor: int, n_images: int, n_rows: int, size: tuple[int, int]
+    unet: UNet2DConditionModel, factor: int, n_images: int, n_rows: int, size: tuple[int, int], n_net_rows: int = 0
 ) -> OutOfMemoryError:
-    """The error for so many images of ``size`` (height, width) in so many rows, which says how many would fit."""
+    """The error for so many images of ``size`` (height, width) in so many rows, which says how many would fit.
+
+    A row of a ControlNet is counted as one of the UNet.
+    """
     height, width = size
-    n_fit = rows_that_fit(unet, height // factor, width // factor) * n_images // n_rows
+    n_fit = rows_that_fit(unet, height // factor, width // factor) * n_images // (n_rows + n_net_rows)
     advice = f"about {n_fit} of that size would fit" if n_fit else "not even one of that size fits"
     asked = f"{n_images} of {height}x{width} in {n_rows} UNet rows"
+    asked += f" and {n_net_rows} ControlNet rows" if n_net_rows else ""
     rule = f"the memory of {unet.conv_in.weight.device} must hold all images drawn at once"
     return OutOfMemoryError(f"{rule}, got {asked}; {advice}")

@@ -20,6 +20,7 @@ from ..methods.infusion import Infusion
 from ..models.conditioning import Batch, Following, Mixing, Shared, TextKV
 from ..observe.word_maps import Watched
 from ..text.editing import texts_over_steps
+from .control import NetPlanner, NetRows, acting, control_ends
 from .keys import fill_chunks, own_first, repeated_gates
 from .layout import AUXILIARY, CONCEPT, Layout
 from .request import Request
@@ -35,6 +36,7 @@ class GuidedBatch:
         unconditional, conditional: (P,) the two rows that guidance combines; one row twice where it is off.
         guidance_scale: (P, 1, 1, 1) float32.
         guidance_rescale: likewise; None where it is 0 for all.
+        nets: the ControlNets that act upon some of the rows.
     """
 
     batch: Batch
@@ -43,6 +45,12 @@ class GuidedBatch:
     conditional: Tensor
     guidance_scale: Tensor
     guidance_rescale: Tensor | None = None
+    nets: tuple[NetRows, ...] = ()
+
+    @property
+    def n_rows(self) -> tuple[int, int]:
+        """Of the UNet, and of all ControlNets together."""
+        return len(self.trajectories), sum(len(one.rows) for one in self.nets)
 
 
 @dataclass(frozen=True, slots=True)
@@ -84,19 +92,24 @@ def make_plans(
         device: where the plans' tensors go.
 
     Returns:
-        One plan per phase; a phase ends where an auxiliary branch does, or where a prompt changes. Those that differ in
-        nothing share their rows.
+        One plan per phase; a phase ends where an auxiliary branch does, a ControlNet comes or leaves, or a prompt
+        changes. Those that differ in nothing share their rows.
 
     Raises:
-        ValueError: a customised noun is absent from its prompt, ambiguous or cut off.
+        ValueError: a customised noun is absent from its prompt, ambiguous or cut off; a ControlNet is of another model.
         NonFiniteError: the text encoder produced NaN or infinity.
     """
     phases = lay_out(request, steps, texts)
     known = list(dict.fromkeys(owner.text for _, layout in phases for owner in layout.all_owners))
-    text_kv = concepts.text_kv(known, texts.encode(known, request.options.weighting))
+    context = texts.encode(known, request.options.weighting)
+    text_kv = concepts.text_kv(known, context)
+    nets = NetPlanner(request, known, context, concepts.unet) if request.options.control else None
     plans, before = [], phases[0][1]
     distinct = dict.fromkeys(layout for _, layout in phases)
-    planners = {layout: _Planner(layout, concepts, device, known, text_kv) for layout in distinct}
+    planners = {
+        layout: _Planner(layout, concepts, device, known, text_kv, () if nets is None else nets.rows(layout))
+        for layout in distinct
+    }
     for n_steps, layout in phases:
         plans.append(planners[layout].plan(n_steps, list(before.trajectories)))
         before = layout
@@ -113,7 +126,7 @@ def lay_out(request: Request, steps: int, texts: Texts) -> list[tuple[int, Layou
     written = (*request.prompts, *request.negative_prompts)
     changing = {prompt: texts_over_steps(prompt, total, steps) for prompt in written}
     ends = {custom.mixing_steps(steps) for custom in request.customizations if isinstance(custom, DCI)}
-    starts = {start for runs in changing.values() for start, _ in runs}
+    starts = {start for runs in changing.values() for start, _ in runs} | control_ends(request, steps)
     phases, known = [], {}
     for first, last in pairwise(sorted({0, steps} | ends | starts)):
         now = replace(
@@ -121,9 +134,10 @@ def lay_out(request: Request, steps: int, texts: Texts) -> list[tuple[int, Layou
             prompts=tuple(_text_at(changing[prompt], first) for prompt in request.prompts),
             negative_prompts=tuple(_text_at(changing[prompt], first) for prompt in request.negative_prompts),
         )
-        key = now.prompts, now.negative_prompts, tuple(first < end for end in ends)
+        controls = acting(request, first, steps)
+        key = now.prompts, now.negative_prompts, tuple(first < end for end in ends), controls
         if key not in known:
-            layout = known[key] = Layout(now, texts, request)
+            layout = known[key] = Layout(now, texts, request, controls)
             for i, custom in enumerate(request.customizations):
                 if isinstance(custom, Infusion):
                     layout.add_infusion(i, custom)
@@ -149,12 +163,19 @@ class _Planner:
         device: where tensors go.
         known: the texts of the request.
         text_kv: their keys and values, as many for each; see ``keys.py`` for those of shorter texts.
+        nets: the ControlNets that act upon it.
     """
 
     def __init__(
-        self, layout: Layout, concepts: ConceptCache, device: torch.device, known: Sequence[Text], text_kv: TextKV
+        self,
+        layout: Layout,
+        concepts: ConceptCache,
+        device: torch.device,
+        known: Sequence[Text],
+        text_kv: TextKV,
+        nets: tuple[NetRows, ...],
     ) -> None:
-        self.layout, self.concepts, self.device = layout, concepts, device
+        self.layout, self.concepts, self.device, self.nets = layout, concepts, device, nets
         self.known, self.text_kv = known, text_kv
         self.slots = layout.slots()
         self.tokens = [layout.known.tokens(owner.text) for owner in layout.all_owners]
@@ -212,6 +233,7 @@ class _Planner:
             conditional=self._index([layout.number(row) for _, row in layout.guided]),
             guidance_scale=scale,
             guidance_rescale=torch.full_like(scale, rescale) if rescale else None,
+            nets=self.nets,
         )
 
     def _ordered(self, rows: Tensor) -> Tensor:

@@ -15,6 +15,7 @@ from torch import Tensor
 from ..checks import check_integer, check_texts
 from ..methods.dci import DCI
 from .arguments import DEFAULT_STRENGTH, Customization, Options
+from .hints import make_hints
 from .mask import Masked, check_mask, cut, read_masks
 from .samplers import WITH_ETA
 
@@ -52,6 +53,7 @@ class Request:
         image: (I, 3, H, W) float32 in [-1, 1].
         latents: (I, 4, h, w) float32.
         masked: what of the pictures is redrawn; None where they are as wholes.
+        hints: each control's pictures; see ``hints.make_hints``.
     """
 
     options: Options
@@ -63,6 +65,7 @@ class Request:
     image: Tensor | None
     latents: Tensor | None
     masked: Masked | None = None
+    hints: tuple[Tensor, ...] = ()
 
     @property
     def size(self) -> tuple[int, int]:
@@ -83,6 +86,7 @@ class Request:
             "mask_blur": None if self.masked is None else self.options.mask_blur,
             "mask_padding": self.options.mask_padding,
             "given_latents": self.latents is not None,
+            "control": [one.settings() for one in self.options.control],
         }
 
 
@@ -121,6 +125,7 @@ def make_request(limits: ModelLimits, prompt: str | Sequence[str], options: Opti
         image=None if pictures is None else _image_tensor(pictures, height, width),
         latents=None if options.latents is None else _start_noise(limits, options.latents, n_images, height, width),
         masked=masked,
+        hints=make_hints(options.control, len(prompts), n_images, (height, width), limits.factor),
     )
 
 

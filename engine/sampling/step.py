@@ -13,6 +13,7 @@ from torch import Tensor
 
 from ..models.conditioning import Conditioning, Observe, ObserveMasks
 from ..models.unet import UNet2DConditionModel
+from .control import net_residuals
 from .inpaint import Inpainting
 from .plan import GuidedBatch
 from .table import Coefficients, over_latents, step
@@ -26,11 +27,13 @@ class Phase:
         rows: who is evaluated.
         coefficients: the sampler's, with T entries or more.
         shifts: (T, sum of C), the UNet's at those entries.
+        net_shifts: likewise of each of ``rows.nets``.
     """
 
     rows: GuidedBatch
     coefficients: Coefficients
     shifts: Tensor
+    net_shifts: tuple[Tensor, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,13 +71,16 @@ def guided_step(
     """
     rows = phase.rows
     latents = state.x * over_latents(phase.coefficients.input_scale[state.positions])
+    dtype = unet.conv_in.weight.dtype
+    residuals = net_residuals(rows.nets, phase.net_shifts, latents.to(dtype), state.positions)
     if state.inpainting is not None:
         latents = state.inpainting.tell(latents)
-    latents = latents.to(unet.conv_in.weight.dtype)
+    latents = latents.to(dtype)
     if rows.batch.shared is None:
         latents = latents[rows.trajectories]
     shifts = phase.shifts[state.positions[rows.trajectories]]
-    noise_pred = unet.denoise(latents, Conditioning(rows.batch, shifts, observe, observe_masks)).float()
+    condition = Conditioning(rows.batch, shifts, observe, observe_masks, residuals)
+    noise_pred = unet.denoise(latents, condition).float()
     unconditional, conditional = noise_pred[rows.unconditional], noise_pred[rows.conditional]
     noise_pred = unconditional + rows.guidance_scale * (conditional - unconditional)
     if rows.guidance_rescale is not None:

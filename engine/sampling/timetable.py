@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 from collections import OrderedDict
-from dataclasses import dataclass
+from dataclasses import dataclass, field
+from weakref import WeakKeyDictionary
 
 from torch import Tensor
 
 from ..models.config import ScheduleConfig
+from ..models.controlnet import ControlNetModel
 from ..models.unet import UNet2DConditionModel
 from .samplers import make_table
 from .table import SamplerTable
@@ -26,9 +28,17 @@ class Timetable:
 
     table: SamplerTable
     shifts: Tensor
+    _of_nets: WeakKeyDictionary[ControlNetModel, Tensor] = field(default_factory=WeakKeyDictionary, repr=False)
 
     def __len__(self) -> int:
         return len(self.table)
+
+    def shifts_of(self, net: ControlNetModel) -> Tensor:
+        """A ControlNet's (T, sum of C), computed once for as long as it lives."""
+        found = self._of_nets.get(net)
+        if found is None:
+            found = self._of_nets[net] = net.time_shifts(self.table.timesteps)
+        return found
 
 
 class Timetables:

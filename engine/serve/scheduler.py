@@ -25,6 +25,7 @@ from ..observe.progress import StageClock, Steps
 from ..options import make_options, takes
 from ..result import Result
 from ..sampling.arguments import Options
+from ..sampling.control import cost_in_rows
 from ..sampling.join import bucket, exactly
 from ..sampling.keys import chunk_kind
 from ..sampling.plan import lay_out
@@ -150,7 +151,7 @@ class Scheduler(Queue[Job]):
         options = request.options
         steps = len(self.sd.timetables(options.sampler, options.steps, options.eta, request.begin, options.schedule))
         layouts = lay_out(request, steps, Texts(self.sd.text_encoder, options.long_prompts, options.clip_skip))
-        return tuple(Phase(n, layout.n_rows, (layout.mixing_kind, chunk_kind(layout))) for n, layout in layouts)
+        return tuple(Phase(n, cost_in_rows(layout), (layout.mixing_kind, chunk_kind(layout))) for n, layout in layouts)
 
     @torch.no_grad()
     def _work(self) -> None:

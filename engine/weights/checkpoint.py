@@ -86,6 +86,16 @@ def open_vae_folder(folder: Path, prefer_fp16: bool) -> tuple[VAEConfig, WeightS
     return config, WeightSource(_find_weights(folder, "vae", prefer_fp16), _vae_names)
 
 
+def read_config(folder: Path) -> tuple[dict[str, Any], str]:
+    """A diffusers network's ``config.json``, and where it is."""
+    return _read_json(folder / "config.json")
+
+
+def find_network(folder: Path, prefer_fp16: bool) -> list[TensorFile]:
+    """The files of a diffusers network's weights, in its folder."""
+    return _find_weights(folder, "unet", prefer_fp16)
+
+
 def _open_folder(folder: Path, name: str, prefer_fp16: bool) -> Checkpoint:
     unet_config = UNetConfig.from_dict(*_read_json(folder / "unet" / "config.json"))
     vae_config, vae = open_vae_folder(folder / "vae", prefer_fp16)

@@ -13,6 +13,7 @@ from ..models.config import UNetConfig, VAEConfig
 
 UNET_PREFIX = "model.diffusion_model."
 VAE_PREFIX = "first_stage_model."
+CONTROL_PREFIX = "control_model."
 TEXT_PREFIXES = ("cond_stage_model.transformer.text_model.", "cond_stage_model.transformer.")  # in old files, in new
 
 _RESNET = {
@@ -35,6 +36,20 @@ def vae_name(config: VAEConfig, key: str) -> str:
     """The LDM name of the VAE parameter that diffusers calls ``key``."""
     renames = {"conv_shortcut": "nin_shortcut"} | _VAE_ATTENTION
     return VAE_PREFIX + _longest_prefix(_vae_blocks(config), key, renames)
+
+
+def controlnet_name(config: UNetConfig, n_hint_blocks: int, key: str) -> str:
+    """The LDM name of the ControlNet parameter that diffusers calls ``key``."""
+    n_skips = len(config.block_out_channels) * (config.layers_per_block + 1)
+    hint = "controlnet_cond_embedding"
+    blocks = _unet_blocks(config) | {
+        **{f"controlnet_down_blocks.{i}": f"zero_convs.{i}.0" for i in range(n_skips)},
+        **{f"{hint}.blocks.{i}": f"input_hint_block.{2 * i + 2}" for i in range(n_hint_blocks)},
+        "controlnet_mid_block": "middle_block_out.0",
+        f"{hint}.conv_in": "input_hint_block.0",
+        f"{hint}.conv_out": f"input_hint_block.{2 * n_hint_blocks + 2}",
+    }
+    return CONTROL_PREFIX + _longest_prefix(blocks, key, _RESNET)
 
 
 def _longest_prefix(blocks: Mapping[str, str], key: str, layers: Mapping[str, str]) -> str:

@@ -23,6 +23,7 @@ from engine.sampling.join import make_phase
 from engine.sampling.plan import make_plans
 from engine.sampling.samplers import make_table
 from engine.sampling.step import State, guided_step
+from tests.controlnets import hint, random_controlnet
 from tests.pipelines import random_concept
 
 
@@ -105,6 +106,23 @@ def test_dci_has_a_graph_a_phase_and_strengths_are_values(plain: Engine, graphed
         torch.testing.assert_close(drawn[-1], _draw(plain, **custom), rtol=1e-4, atol=1e-4)
     assert len(graphed.graphs) == 2
     assert not torch.equal(*drawn)
+
+
+def test_hints_and_weights_of_a_net_are_values(
+    plain: Engine, graphed: Engine, small_folder: Any, tmp_path: Any
+) -> None:
+    """A graph for the steps with the net and one for those without; another net has one of its own."""
+    nets = [random_controlnet(plain, tmp_path / str(seed), small_folder, seed) for seed in range(2)]
+    drawn = []
+    for seed, weight in ((0, 1.0), (1, 1.0), (1, 0.3)):
+        control = {"control": engine.Control(nets[0], hint(seed), weight, end=0.5), "steps": 4 + seed}
+        drawn.append(_draw(graphed, **control))
+        torch.testing.assert_close(drawn[-1], _draw(plain, **control), rtol=1e-4, atol=1e-4)
+    assert len(graphed.graphs) == 2
+    assert (drawn[1] - drawn[2]).abs().max() > 1e-3
+    control = {"control": engine.Control(nets[1], hint())}
+    torch.testing.assert_close(_draw(graphed, **control), _draw(plain, **control), rtol=1e-4, atol=1e-4)
+    assert len(graphed.graphs) == 3
 
 
 @pytest.mark.parametrize("sampler", ["euler_ancestral", "dpmpp_2m", "unipc", "lcm"])

@@ -1,7 +1,10 @@
 """Requests that step together get what each gets alone, whoever joins and leaves, at any step."""
 
 import random
+import tempfile
 from dataclasses import replace
+from functools import cache
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -15,11 +18,41 @@ from engine.observe.progress import StageClock
 from engine.sampling.join import Size, bucket, exactly, join_phases, join_states
 from engine.sampling.loop import Denoising, Stepper, denoise
 from engine.sampling.samplers import SAMPLERS
+from tests.controlnets import hint, random_controlnet
 from tests.parity.test_ico import _concept as ico_concept
 from tests.pipelines import random_concept
 
 PROMPT = "a photo of a cat"
 _LONG, _LONGER = f"{PROMPT} " + "on a red beach " * 20, f"{PROMPT} " + "in the snow on a blue beach " * 24
+
+
+@cache
+def _nets(sd: engine.Engine, folder: Path) -> list[Any]:
+    with tempfile.TemporaryDirectory() as place:
+        return [random_controlnet(sd, Path(place) / str(seed), folder, seed) for seed in range(2)]
+
+
+def _controlled(sd: engine.Engine, folder: Path) -> dict[str, dict[str, Any]]:
+    """Kinds with ControlNets: one net of several requests, several of one, at some of the steps, once and twice."""
+    (one, other), concept, pictures = _nets(sd, folder), random_concept(sd, seed=3), [hint(i) for i in range(3)]
+    windows = [
+        engine.Control(one, pictures[0], 0.8, start=0.2, end=0.8),
+        engine.Control(other, pictures[1], -0.5, end=0.5),
+    ]
+    return {
+        "net": {"control": engine.Control(one, pictures[0])},
+        "net, in guess mode": {"control": engine.Control(one, pictures[2], guess_mode=True)},
+        "net without guidance": {"control": engine.Control(other, pictures[0]), "guidance_scale": 1.0},
+        "two nets, some steps": {"control": windows, "images_per_prompt": 2},
+        "net twice": {"control": [engine.Control(one, picture, 0.5) for picture in pictures[:2]]},
+        "net, a hint an image": {"control": engine.Control(one, pictures), "images_per_prompt": 3},
+        "net on parallel": {"control": windows[1:], "customization": engine.Infusion([concept])},
+        "net on shared": {
+            "control": engine.Control(one, pictures[1], guess_mode=True),
+            "customization": engine.Infusion([concept], foundation="shared"),
+        },
+        "net on dci": {"control": windows, "customization": engine.DCI("cat", "boat", fraction=0.5)},
+    }
 
 
 def _kinds(sd: engine.Engine) -> dict[str, dict[str, Any]]:
@@ -98,13 +131,14 @@ def _error(one: Denoising, other: Denoising) -> float:
 @pytest.mark.parametrize("size", [exactly, bucket])
 @pytest.mark.parametrize("seed", range(3))
 @torch.no_grad()
-def test_every_kind_steps_with_every_other(small: engine.Engine, size: Size, seed: int) -> None:
-    samplers = random.Random(seed).choices(list(SAMPLERS), k=len(_kinds(small)))
+def test_every_kind_steps_with_every_other(small: engine.Engine, small_folder: Path, size: Size, seed: int) -> None:
+    given = _kinds(small) | _controlled(small, small_folder)
+    samplers = random.Random(seed).choices(list(SAMPLERS), k=len(given))
     kinds = {
         name: {"sampler": sampler, "seed": [10 * i, 10 * i + 1, 10 * i + 2][: options.get("images_per_prompt", 1)]}
         | {"steps": 3 + i % 4}
         | options
-        for i, ((name, options), sampler) in enumerate(zip(_kinds(small).items(), samplers, strict=True))
+        for i, ((name, options), sampler) in enumerate(zip(given.items(), samplers, strict=True))
     }
     alone = {name: _begin(small, **options) for name, options in kinds.items()}
     for one in alone.values():
@@ -185,6 +219,32 @@ def test_buckets_leave_graphs_few(small: engine.Engine) -> None:
         assert len(offsets) == n
         assert len(set(offsets)) == min(n, 2), "one place for each schedule"
     assert len(signatures) == len({bucket(n) for n in range(1, 17)}) == 8
+
+
+@torch.no_grad()
+def test_buckets_leave_graphs_of_nets_few(small: engine.Engine, small_folder: Path) -> None:
+    """Whichever of the requests have the net."""
+    net, signatures = _nets(small, small_folder)[0], set()
+    for n in (5, 6):
+        for first in range(2):
+            controls = [{"control": engine.Control(net, hint(i))} if first <= i < first + 3 else {} for i in range(n)]
+            runs = [_begin(small, seed=i, steps=2, **controls[i]) for i in range(n)]
+            phase, _ = join_phases([one.enter_step() for one in runs], [one.timetable for one in runs], bucket)
+            signatures.add(signature(phase))
+    assert len(signatures) == 1
+
+
+@torch.no_grad()
+def test_rows_and_latents_of_a_net_filled_up_to_as_many(small: engine.Engine, small_folder: Path) -> None:
+    """Six rows on five latents are six on six where sizes are rounded: nothing is shared then."""
+    net = _nets(small, small_folder)[0]
+    controls = [engine.Control(net, hint(i), guess_mode=i < 4) for i in range(5)]
+    alone, together = ([_begin(small, seed=i, control=one) for i, one in enumerate(controls)] for _ in range(2))
+    for one in alone:
+        small.stepper()([one])
+    small.stepper(bucket)(together)
+    for one, other in zip(together, alone, strict=True):
+        assert _error(one, other) < 1e-5
 
 
 def test_buckets() -> None:
