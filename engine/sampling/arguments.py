@@ -14,6 +14,7 @@ from torch import Tensor
 from ..checks import check_callable, check_choice, check_flag, check_integer, check_number, check_texts
 from ..methods.dci import DCI
 from ..methods.ico import ICO
+from ..methods.image_prompt import ImagePrompts
 from ..methods.infusion import Infusion
 from ..observe.progress import Callback
 from ..options import check_options, option
@@ -133,6 +134,11 @@ class Options:
         "an Infusion, ICO or DCI for all images, or a list with one per image; None draws with the model as it is. "
         "Images with the same texts, seed and start share one foundation.",
     )
+    image_prompts: ImagePrompts = option(
+        None,
+        "an engine.ImagePrompt, or a list of them that all act on every image beside its text; or a list with a list "
+        "of them, or None, per image.",
+    )
     attention_words: Sequence[str] = option(
         (),
         "words of every prompt whose attention maps to record, at the cost of copying them to the host at every step; "
@@ -147,6 +153,12 @@ class Options:
         "and the result then has no images.",
         check_callable,
         optional=True,
+    )
+    callback_latents: str = option(
+        "noisy",
+        'what callback is given: "noisy" latents as they are after the step, or the "clean" ones that the model '
+        "predicted in it, which make a preview.",
+        partial(check_choice, choices=("noisy", "clean")),
     )
     progress: bool = option(True, "show a progress bar.", check_flag)
     vae_slicing: bool = option(

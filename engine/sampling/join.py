@@ -15,6 +15,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ..models.conditioning import Batch, Following, Mixing, Shared
+from .image_rows import join_images
 from .plan import GuidedBatch, RowPlan
 from .step import Phase, State
 from .table import Coefficients, join_coefficients
@@ -145,6 +146,7 @@ class _Joiner:
                 following=self._following(owners, followers) if self.followers else None,
                 mixing=self._mixing() if self.pairs else None,
                 shared=Shared(trajectories, firsts[filled]) if len(filled) < len(trajectories) else None,
+                images=join_images([one.batch for one in self.batches], self.n_owners, owners, self.size),
             ),
             trajectories=trajectories,
             unconditional=self._placed([one.unconditional for one in self.batches])[filled],

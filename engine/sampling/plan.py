@@ -18,6 +18,7 @@ from ..methods.dci import DCI
 from ..methods.infusion import Infusion
 from ..models.conditioning import Batch, Following, Mixing, Shared, TextKV
 from ..observe.word_maps import Watched
+from .image_rows import ProjectedImages
 from .layout import Layout
 from .request import Request
 
@@ -90,9 +91,9 @@ def make_plans(
     phases = lay_out(request, steps, texts)
     known = list(dict.fromkeys(owner.text for _, layout in phases for owner in layout.all_owners))
     text_kv = concepts.text_kv(known, texts.encode(known, request.options.weighting))
-    plans, before = [], phases[0][1]
+    plans, before, images = [], phases[0][1], ProjectedImages(concepts.unet)
     for n_steps, layout in phases:
-        planner = _Planner(layout, concepts, device)
+        planner = _Planner(layout, concepts, images, device)
         plans.append(planner.plan(n_steps, list(before.trajectories), known, text_kv))
         before = layout
     return plans
@@ -118,8 +119,8 @@ def lay_out(request: Request, steps: int, texts: Texts) -> list[tuple[int, Layou
 class _Planner:
     """Makes tensors of a layout."""
 
-    def __init__(self, layout: Layout, concepts: ConceptCache, device: torch.device) -> None:
-        self.layout, self.concepts, self.device = layout, concepts, device
+    def __init__(self, layout: Layout, concepts: ConceptCache, images: ProjectedImages, device: torch.device) -> None:
+        self.layout, self.concepts, self.images, self.device = layout, concepts, images, device
         self.slots = layout.slots()
 
     def plan(self, steps: int, before: Sequence[object], known: Sequence[Text], text_kv: TextKV) -> RowPlan:
@@ -154,6 +155,7 @@ class _Planner:
             following=self._following() if columns_wanted else None,
             mixing=self._mixing(len(text_kv)) if layout.pairs else None,
             shared=Shared(self._index(trajectories), self._index(firsts)) if len(firsts) < len(trajectories) else None,
+            images=self.images.rows(layout),
         )
         return GuidedBatch(
             batch=batch,

@@ -25,7 +25,9 @@ def start(request: Request, table: SamplerTable, vae: VAERunner, device: torch.d
         seeds = (*seeds, *map(auxiliary_seed, seeds))
     draw = _drawing(seeds, (vae.latent_channels, *(n // vae.factor for n in request.size)), device)
     if request.image is not None:
-        clean = _clean_latents(request, vae, draw()[:n_images], device).repeat(len(seeds) // n_images, 1, 1, 1)
+        clean = _clean_latents(
+            request, vae, draw()[:n_images] if vae.is_random else torch.zeros((), device=device), device
+        ).repeat(len(seeds) // n_images, 1, 1, 1)
         x = table.image_scale * clean + table.image_noise * draw()
     elif request.latents is not None:
         given = request.latents.to(device)
@@ -47,7 +49,7 @@ def _drawing(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device)
 
 
 def _clean_latents(request: Request, vae: VAERunner, noise: Tensor, device: torch.device) -> Tensor:
-    """The pictures' latents (I, 4, h, w) as the UNet sees them, drawn from the VAE's posterior."""
+    """The pictures' latents (I, 4, h, w) as the UNet sees them, drawn from the VAE's posterior if it has one."""
     assert request.image is not None
     options = request.options
     mean, std = vae.posterior(request.image.to(device), options.vae_slicing, options.vae_tiling)

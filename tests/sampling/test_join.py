@@ -15,6 +15,7 @@ from engine.observe.progress import StageClock
 from engine.sampling.join import Size, bucket, exactly, join_phases
 from engine.sampling.loop import Denoising, Stepper, denoise
 from engine.sampling.samplers import SAMPLERS
+from tests.ip_adapters import picture, random_adapter
 from tests.parity.test_ico import _concept as ico_concept
 from tests.pipelines import random_concept
 
@@ -23,9 +24,15 @@ PROMPT = "a photo of a cat"
 
 def _kinds(sd: engine.Engine) -> dict[str, dict[str, Any]]:
     concepts, learned = [random_concept(sd, seed=seed) for seed in (1, 2)], ico_concept(sd)
-    picture = np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
+    start = np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
+    like = [engine.ImagePrompt(random_adapter(sd, kind), picture(1), scale=0.7) for kind in ("plain", "plus")]
     return {
         "plain": {},
+        "like a picture": {"image_prompts": like[0]},
+        "like two, without guidance": {"image_prompts": like, "guidance_scale": 1.0},
+        "some like pictures": {"images_per_prompt": 3, "image_prompts": [None, like[1:], like]},
+        "parallel, like a picture": {"customization": engine.Infusion(concepts[:1]), "image_prompts": like[1]},
+        "dci, like a picture": {"customization": engine.DCI("cat", fraction=0.5), "image_prompts": like[0]},
         "two nouns": {
             "customization": engine.Infusion([concepts[0], replace(concepts[1], noun="boat")]),
             "prompt": "a photo of a boat and a cat",
@@ -33,7 +40,7 @@ def _kinds(sd: engine.Engine) -> dict[str, dict[str, Any]]:
         "without guidance": {"guidance_scale": 1.0},
         "rescaled": {"guidance_rescale": 0.6},
         "three": {"images_per_prompt": 3, "negative_prompt": "blue"},
-        "from a picture": {"image": picture, "strength": 0.6},
+        "from a picture": {"image": start, "strength": 0.6},
         "parallel": {"customization": engine.Infusion(concepts[:1])},
         "shared": {"customization": engine.Infusion(concepts[1:], foundation="shared")},
         "follower without guidance": {"customization": engine.Infusion(concepts[:1]), "guidance_scale": 1.0},
