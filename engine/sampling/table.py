@@ -82,7 +82,7 @@ class SamplerTable:
             after: the next ``x``.
         """
         coefficients = self.coefficients
-        kept = (over_latents(coefficients.state[i, 0]) * torch.cat([x[None], history])).sum(dim=0)
+        kept = (over_latents(coefficients.state[i, 0, :, None]) * torch.cat([x[None], history])).sum(dim=0)
         if noise is not None:
             kept = kept + coefficients.noise[i, 0] * noise
         output = (after - kept) / coefficients.model[i, 0]

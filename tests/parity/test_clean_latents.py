@@ -1,5 +1,6 @@
 """Clean latents on the way against what diffusers' schedulers call ``pred_original_sample``."""
 
+import functools
 import json
 
 import pytest
@@ -27,7 +28,7 @@ def _watched(sd: engine.Engine, sampler: str) -> list[torch.Tensor]:
     return seen
 
 
-@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_ancestral", "ddpm", "tcd"])
+@pytest.mark.parametrize("sampler", ["ddim", "euler", "euler_ancestral", "ddpm"])
 @pytest.mark.parametrize("prediction_type", ["epsilon", "v_prediction"])
 def test_as_diffusers_schedulers_have_it(tmp_path, sampler: str, prediction_type: str, agrees) -> None:
     pipeline = save_pipeline("narrow", tmp_path)
@@ -37,6 +38,7 @@ def test_as_diffusers_schedulers_have_it(tmp_path, sampler: str, prediction_type
     pipeline.scheduler = scheduler.from_config(config, **own)
     expected, real = [], pipeline.scheduler.step
 
+    @functools.wraps(real)  # the pipeline looks at its signature
     def noting(*arguments, **options):
         out = real(*arguments, **options | {"return_dict": True})
         expected.append(out.pred_original_sample.clone())

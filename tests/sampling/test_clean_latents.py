@@ -41,11 +41,11 @@ def test_every_sampler(small: engine.Engine, sampler: str, monkeypatch: pytest.M
 
 
 def test_noisy_ones_are_as_they_were(small: engine.Engine) -> None:
-    clean, noisy = _watched(small, "clean"), _watched(small, "noisy")
-    out = small.generate("a cat", **_OPTIONS)
+    clean, noisy = (_watched(small, kind, sampler="euler") for kind in ("clean", "noisy"))
+    out = small.generate("a cat", sampler="euler", **_OPTIONS)
     assert torch.equal(noisy[-1], out.latents)
-    assert relative_error(clean[-1], out.latents) <= 1e-3, "DDIM ends at what it predicts"
-    assert relative_error(clean[0], noisy[0]) > 0.1
+    assert relative_error(clean[-1], out.latents) <= 1e-3, "Euler ends at what it predicts"
+    assert relative_error(clean[0], noisy[0]) > 0.05
 
 
 def test_through_phases_and_schedulers(small: engine.Engine) -> None:

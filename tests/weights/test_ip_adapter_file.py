@@ -93,7 +93,9 @@ def test_pickles_and_missing_files(small: engine.Engine, encoder: Path, tmp_path
     with pytest.raises(engine.CheckpointError, match="pickle files can run code") as error:
         engine.IPAdapter.load(tmp_path / "ip.bin", small, encoder)
     code = "\n".join(line.strip() for line in str(error.value).splitlines()[1:])
-    exec(code.replace("ip.bin", str(tmp_path / "ip.bin")).replace("ip.safetensors", str(tmp_path / "ip.safetensors")))
+    for name in ("ip.bin", "ip.safetensors"):
+        code = code.replace(name, str(tmp_path / name))
+    exec(code, {})
     assert engine.IPAdapter.load(tmp_path / "ip.safetensors", small, encoder).name == "ip"
     with pytest.raises(engine.CheckpointError, match="no such file"):
         engine.IPAdapter.load(tmp_path / "none.safetensors", small, encoder)
