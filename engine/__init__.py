@@ -26,6 +26,7 @@ if TYPE_CHECKING:
     from .methods.dci import DCI
     from .methods.foreign import import_custom_diffusion, import_lora, import_textual_inversion
     from .methods.ico import ICO
+    from .methods.image_prompt import ImagePrompt, IPAdapter
     from .methods.infusion import Infusion
     from .methods.lora import LoRA
     from .result import Result
@@ -44,6 +45,8 @@ _HOMES = {
     "DeadlineError": "errors",
     "Engine": "engine",
     "ICO": "methods.ico",
+    "IPAdapter": "methods.image_prompt",
+    "ImagePrompt": "methods.image_prompt",
     "Infusion": "methods.infusion",
     "LoRA": "methods.lora",
     "NonFiniteError": "errors",
@@ -72,6 +75,8 @@ __all__ = [
     "Control",
     "DeadlineError",
     "Engine",
+    "IPAdapter",
+    "ImagePrompt",
     "Infusion",
     "LoRA",
     "NonFiniteError",

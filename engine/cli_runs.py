@@ -61,6 +61,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concepts", type=Path, metavar="FOLDER", help="where concepts that clients put are kept")
     parser.add_argument("--max-rows", type=int, metavar="N", help="of a UNet batch (default: profiled)")
     parser.add_argument("--max-waiting", type=int, default=64, metavar="N", help="requests (default: 64)")
+    parser.add_argument("--preview-vae", type=Path, metavar="FILE", help="TAESD for previews (default: a linear map)")
     parser.add_argument("--log-prompts", action="store_true", help="write what is asked for into the log")
     parser.add_argument(
         "--grace-seconds", type=float, default=30.0, help="for what runs when it is told to stop (default: 30)"
@@ -82,7 +83,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     from .loading import load
 
-    names = ("host", "port", "concepts", "max_rows", "max_waiting", "log_prompts", "grace_seconds")
+    names = ("host", "port", "concepts", "max_rows", "max_waiting", "log_prompts", "grace_seconds", "preview_vae")
     options = ServeOptions(**{name: getattr(arguments, name) for name in names})
     tokens, loading = read_tokens(arguments.token_file), loading_arguments(arguments)
     names = ("replicas", "most_replicas", "cpus", "gpus", "address")

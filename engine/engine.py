@@ -17,8 +17,8 @@ from .errors import OutOfMemoryError
 from .methods.concept_cache import ConceptCache, Texts
 from .methods.lora import LoRA, apply_loras
 from .models.config import ScheduleConfig
+from .models.tiny_vae import VAE
 from .models.unet import UNet2DConditionModel
-from .models.vae import AutoencoderKL
 from .observe.masks import MaskRecorder
 from .observe.progress import StageClock, Steps
 from .observe.word_maps import Recorder
@@ -57,7 +57,7 @@ class Engine:
         self,
         name: str,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        vae: VAE,
         text_encoder: TextEncoder,
         schedule: ScheduleConfig,
         backend: Ops,
@@ -114,7 +114,8 @@ class Engine:
             plans = make_plans(request, len(timetable), texts, self.concepts, self.device)
         with clock("encode"):
             x, noise, inpainting = start(request, timetable.table, self._vae, self.device)
-        return start_denoising(plans, timetable, x, noise, *self._recorders(request), inpainting)
+        shows_clean = asked.callback_latents == "clean"
+        return start_denoising(plans, timetable, x, noise, *self._recorders(request), inpainting, shows_clean)
 
     def finish(self, request: Request, denoising: Denoising, clock: StageClock, cancelled: bool = False) -> Result:
         """The stages of ``generate`` after the loop."""

@@ -20,8 +20,8 @@ from .kernels.jit import load_kernels
 from .methods.foreign import read_embeddings
 from .methods.lora import Changes, LoRA, read_changes
 from .models.layers import pack_convolutions
+from .models.tiny_vae import make_vae
 from .models.unet import UNet2DConditionModel
-from .models.vae import AutoencoderKL
 from .result import Result
 from .text.encoder import TextEncoder
 from .warn import warn
@@ -59,7 +59,8 @@ def load(
             unless given, with backend "triton".
         config: for a single file, a diffusers folder whose configs and tokenizer to use; the file's own folder where it
             is one. Without any, sizes are read from the tensors' shapes and the rest is SD v1.5's.
-        vae: another VAE than the model's: a diffusers folder, or a ``.safetensors`` file in either layout.
+        vae: another VAE than the model's: a diffusers folder, or a ``.safetensors`` file in either layout; an
+            AutoencoderTiny (TAESD) too, as a diffusers folder or file.
         max_pixels: the largest height x width that ``generate`` takes.
         loras: merged in float32 into the weights as the files have them, then cast; ``Engine.with_loras`` adds later.
         embeddings: textual inversions by the names that prompts and negative prompts write, in any case, for their
@@ -81,7 +82,7 @@ def load(
     _check_fit(checkpoint)
     with torch.device("meta"):
         unet = UNet2DConditionModel(checkpoint.unet_config, ops)
-        autoencoder = AutoencoderKL(checkpoint.vae_config, ops)
+        autoencoder = make_vae(checkpoint.vae_config, ops)
         text = _text_model(checkpoint)
     of_unet, of_text = read_changes(loras, checkpoint.unet_config, unet, text)
     words = read_embeddings(embeddings or {}, text.config.hidden_size)

@@ -67,7 +67,8 @@ class CrossAttention(nn.Module):
         """``x`` (B, N, C) plus the attention of ``norm(x)``."""
         keys, values = condition.batch.text[self.layer]
         n_plain, small = self._n_plain(len(x), condition), self.ops.small
-        if n_plain == len(x) and small is not None and small.fit(*x.shape[1:]):
+        is_plain = n_plain == len(x) and condition.batch.images is None
+        if is_plain and small is not None and small.fit(*x.shape[1:]):
             to_out, of_norm = (self.to_out[0].weight, self.to_out[0].bias), (norm.weight, norm.bias)
             return small.cross_attention(x, keys, values, of_norm, norm.eps, self.to_q.weight, to_out, self.n_heads)
         queries = self._queries(x, norm)
@@ -76,7 +77,7 @@ class CrossAttention(nn.Module):
             parts.append(self.ops.attention(queries[:n_plain], keys[:n_plain], values[:n_plain], self.n_heads))
         if n_plain < len(x):
             parts.append(self._mix(queries[n_plain:], keys[n_plain:], values[n_plain:], condition))
-        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
+        attended = self._with_images(parts[0] if len(parts) == 1 else torch.cat(parts), queries, condition)
         return self.ops.linear_add(attended, self.to_out[0].weight, self.to_out[0].bias, x)
 
     def _queries(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -93,10 +94,20 @@ class CrossAttention(nn.Module):
         if n_plain < len(x):
             mixed = self._mix(queries[n_plain:], keys[n_plain:], values[n_plain:], condition)
             attended = torch.cat([attended[:n_plain], mixed])
-        out = self.to_out[0](attended)
+        out = self.to_out[0](self._with_images(attended, queries, condition))
         if condition.observe is not None:
             condition.observe(self.layer, out, columns)
         return out, columns
+
+    def _with_images(self, attended: Tensor, queries: Tensor, condition: Conditioning) -> Tensor:
+        """Attention to the text (O, N, C), plus that to image prompts (arXiv:2308.06721, section 3.2.2).
+
+        Where rows mix, each adds its own after the mix: masks say where words act, and both branches see one picture.
+        """
+        images = condition.batch.images
+        for keys, values in () if images is None else zip(*images[self.layer], strict=True):
+            attended = attended + self.ops.attention(queries, keys, values, self.n_heads)
+        return attended
 
     def _n_plain(self, n_rows: int, condition: Conditioning) -> int:
         """How many of the map-owning rows, the first ones, do not mix in this layer."""

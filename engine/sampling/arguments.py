@@ -15,6 +15,7 @@ from ..checks import check_callable, check_choice, check_flag, check_integer, ch
 from ..methods.control import Control, check_controls
 from ..methods.dci import DCI
 from ..methods.ico import ICO
+from ..methods.image_prompt import ImagePrompts
 from ..methods.infusion import Infusion
 from ..observe.progress import Callback
 from ..options import check_options, option
@@ -179,6 +180,11 @@ class Options:
     control: Sequence[Control] = option(
         (), "ControlNets that act upon all images: a list of engine.Control(net, image), or one.", check_controls
     )
+    image_prompts: ImagePrompts = option(
+        None,
+        "an engine.ImagePrompt, or a list of them that all act on every image beside its text; or a list with a list "
+        "of them, or None, per image.",
+    )
     attention_words: Sequence[str] = option(
         (),
         "words of every prompt whose attention maps to record, at the cost of copying them to the host at every step; "
@@ -193,6 +199,12 @@ class Options:
         "and the result then has no images.",
         check_callable,
         optional=True,
+    )
+    callback_latents: str = option(
+        "noisy",
+        'what callback is given: "noisy" latents as they are after the step, or the "clean" ones that the model '
+        "predicted in it, which make a preview.",
+        partial(check_choice, choices=("noisy", "clean")),
     )
     progress: bool = option(True, "show a progress bar.", check_flag)
     vae_slicing: bool = option(

@@ -16,6 +16,7 @@ from torch import Tensor
 
 from ..models.conditioning import Batch, Following, Mixing, Shared
 from .control import join_nets, net_shifts
+from .image_rows import join_images
 from .inpaint import join_inpainting
 from .keys import with_common_keys
 from .plan import GuidedBatch, RowPlan
@@ -163,6 +164,7 @@ class _Joiner:
                 following=self._following(owners, followers) if self.followers else None,
                 mixing=self._mixing() if self.pairs else None,
                 shared=Shared(trajectories, firsts[filled]) if len(filled) < len(trajectories) else None,
+                images=join_images([one.batch for one in self.batches], self.n_owners, owners, self.size),
             ),
             trajectories=trajectories,
             unconditional=self._placed([one.unconditional for one in self.batches])[filled],

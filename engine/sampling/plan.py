@@ -21,6 +21,7 @@ from ..models.conditioning import Batch, Following, Mixing, Shared, TextKV
 from ..observe.word_maps import Watched
 from ..text.editing import texts_over_steps
 from .control import NetPlanner, NetRows, acting, control_ends
+from .image_rows import ProjectedImages
 from .keys import fill_chunks, own_first, repeated_gates
 from .layout import AUXILIARY, CONCEPT, Layout
 from .request import Request
@@ -104,12 +105,11 @@ def make_plans(
     context = texts.encode(known, request.options.weighting)
     text_kv = concepts.text_kv(known, context)
     nets = NetPlanner(request, known, context, concepts.unet) if request.options.control else None
+    images, planners = ProjectedImages(concepts.unet), dict[Layout, _Planner]()
+    for layout in dict.fromkeys(layout for _, layout in phases):
+        acting_nets = () if nets is None else nets.rows(layout)
+        planners[layout] = _Planner(layout, concepts, device, known, text_kv, images.rows(layout), acting_nets)
     plans, before = [], phases[0][1]
-    distinct = dict.fromkeys(layout for _, layout in phases)
-    planners = {
-        layout: _Planner(layout, concepts, device, known, text_kv, () if nets is None else nets.rows(layout))
-        for layout in distinct
-    }
     for n_steps, layout in phases:
         plans.append(planners[layout].plan(n_steps, list(before.trajectories)))
         before = layout
@@ -163,6 +163,7 @@ class _Planner:
         device: where tensors go.
         known: the texts of the request.
         text_kv: their keys and values, as many for each; see ``keys.py`` for those of shorter texts.
+        images: keys and values of the rows' image prompts; see ``image_rows.py``.
         nets: the ControlNets that act upon it.
     """
 
@@ -173,9 +174,11 @@ class _Planner:
         device: torch.device,
         known: Sequence[Text],
         text_kv: TextKV,
+        images: TextKV | None,
         nets: tuple[NetRows, ...],
     ) -> None:
-        self.layout, self.concepts, self.device, self.nets = layout, concepts, device, nets
+        self.layout, self.concepts, self.device = layout, concepts, device
+        self.images, self.nets = images, nets
         self.known, self.text_kv = known, text_kv
         self.slots = layout.slots()
         self.tokens = [layout.known.tokens(owner.text) for owner in layout.all_owners]
@@ -225,6 +228,7 @@ class _Planner:
             following=self._following() if columns_wanted else None,
             mixing=self._mixing(len(text_kv)) if layout.pairs else None,
             shared=Shared(self._index(trajectories), self._index(firsts)) if len(firsts) < len(trajectories) else None,
+            images=self.images,
         )
         return GuidedBatch(
             batch=batch,

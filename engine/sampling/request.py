@@ -14,6 +14,7 @@ from torch import Tensor
 
 from ..checks import check_integer, check_texts
 from ..methods.dci import DCI
+from ..methods.image_prompt import ImagePrompt, prompts_per_image
 from .arguments import DEFAULT_STRENGTH, Customization, Options
 from .hints import make_hints
 from .mask import Masked, check_mask, cut, read_masks
@@ -48,7 +49,7 @@ class Request:
 
     Attributes:
         options: as given, with the steps that are taken and the size that is drawn.
-        prompts, negative_prompts, seeds, customizations: one entry per image.
+        prompts, negative_prompts, seeds, customizations, image_prompts: one entry per image.
         begin: the first step taken.
         image: (I, 3, H, W) float32 in [-1, 1].
         latents: (I, 4, h, w) float32.
@@ -61,6 +62,7 @@ class Request:
     negative_prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     customizations: tuple[Customization | None, ...]
+    image_prompts: tuple[tuple[ImagePrompt, ...], ...]
     begin: int
     image: Tensor | None
     latents: Tensor | None
@@ -81,6 +83,7 @@ class Request:
             "negative_prompts": list(self.negative_prompts),
             "seeds": list(self.seeds),
             "customizations": [None if one is None else one.settings() for one in self.customizations],
+            "image_prompts": [[one.settings() for one in own] for own in self.image_prompts],
             **{one.name: getattr(self.options, one.name) for one in fields(Options) if one.metadata["setting"]},
             "strength": None if self.image is None else self.options.strength,
             "mask_blur": None if self.masked is None else self.options.mask_blur,
@@ -121,6 +124,7 @@ def make_request(limits: ModelLimits, prompt: str | Sequence[str], options: Opti
         negative_prompts=tuple(text for text in negatives for _ in range(per_prompt)),
         seeds=_seeds(options.seed, n_images),
         customizations=customizations,
+        image_prompts=prompts_per_image(options.image_prompts, n_images),
         begin=begin,
         image=None if pictures is None else _image_tensor(pictures, height, width),
         latents=None if options.latents is None else _start_noise(limits, options.latents, n_images, height, width),

@@ -30,7 +30,8 @@ def start(
     inpainting = None
 
     def encode(pictures: Tensor) -> Tensor:
-        return _clean_latents(request, pictures, vae, draw()[:n_images], device)
+        noise = draw()[:n_images] if vae.is_random else torch.zeros((), device=device)
+        return _clean_latents(request, pictures, vae, noise, device)
 
     if request.image is not None and request.masked is not None:
         strength = request.options.strength
@@ -58,7 +59,7 @@ def _drawing(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device)
 
 
 def _clean_latents(request: Request, pictures: Tensor, vae: VAERunner, noise: Tensor, device: torch.device) -> Tensor:
-    """The pictures' latents (I, 4, h, w) as the UNet sees them, drawn from the VAE's posterior."""
+    """The pictures' latents (I, 4, h, w) as the UNet sees them, drawn from the VAE's posterior if it has one."""
     options = request.options
     mean, std = vae.posterior(pictures.to(device), options.vae_slicing, options.vae_tiling)
     return (mean.float() + std.float() * noise) * vae.vae.config.scaling_factor

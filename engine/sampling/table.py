@@ -56,6 +56,7 @@ class SamplerTable:
         start_noise: factor on unit noise that starts a picture from nothing.
         image_scale, image_noise: factors on clean latents and unit noise that start from a picture.
         noise_draws: how many steps draw noise: 0 for a deterministic sampler; LCM's last step draws none.
+        clean: (T, 2) float32, factors on ``x`` and on the model's output that make up the clean latents it predicts.
     """
 
     timesteps: Tensor
@@ -64,13 +65,32 @@ class SamplerTable:
     image_scale: float
     image_noise: float
     noise_draws: int
+    clean: Tensor
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def to(self, device: torch.device | str) -> SamplerTable:
         moved = self.coefficients.map(lambda x: x.to(device))
-        return replace(self, timesteps=self.timesteps.to(device), coefficients=moved)
+        return replace(self, timesteps=self.timesteps.to(device), coefficients=moved, clean=self.clean.to(device))
+
+    def clean_latents(self, i: int, x: Tensor, history: Tensor, noise: Tensor | None, after: Tensor) -> Tensor:
+        """The clean latents (B, 4, h, w) that the model predicted at step ``i``, from what the step made of the state.
+
+        The step is linear in the model's output with a factor that is not 0, so that it follows from ``after``; nothing
+        need be kept of the step, or computed unless somebody looks.
+
+        Args:
+            i: which step.
+            x, history, noise: what ``step`` was given.
+            after: the next ``x``.
+        """
+        coefficients = self.coefficients
+        kept = (over_latents(coefficients.state[i, 0, :, None]) * torch.cat([x[None], history])).sum(dim=0)
+        if noise is not None:
+            kept = kept + coefficients.noise[i, 0] * noise
+        output = (after - kept) / coefficients.model[i, 0]
+        return self.clean[i, 0] * x + self.clean[i, 1] * output
 
     def start_history(self, x: Tensor) -> Tensor:
         """The history before the first step: zeros (K - 1, B, 4, h, w)."""
@@ -190,4 +210,5 @@ class TableWriter:
             image_scale=1.0 if self.exploding else float(schedule.alphas[first]),
             image_noise=float(ratios[first] if self.exploding else schedule.sigmas[first]),
             noise_draws=noise_draws,
+            clean=torch.tensor(np.stack([self.prediction(i)[0][[0, -1]] for i in self.steps]), dtype=torch.float32),
         )

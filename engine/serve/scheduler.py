@@ -270,7 +270,7 @@ class Scheduler(Queue[Job]):
         assert denoising is not None
         assert steps is not None
         try:
-            goes_on = steps(denoising.taken - 1, denoising.pictures)
+            goes_on = steps(denoising.taken - 1, denoising.shown)
         except Exception as error:
             job.fail(error)
             return

@@ -24,6 +24,7 @@ from engine.sampling.plan import make_plans
 from engine.sampling.samplers import make_table
 from engine.sampling.step import State, guided_step
 from tests.controlnets import hint, random_controlnet
+from tests.ip_adapters import picture, random_adapter
 from tests.pipelines import random_concept
 
 
@@ -130,6 +131,17 @@ def test_samplers(plain: Engine, graphed: Engine, sampler: str) -> None:
     for steps in (3, 5):
         options = {"sampler": sampler, "steps": steps}
         torch.testing.assert_close(_draw(graphed, **options), _draw(plain, **options), rtol=1e-4, atol=1e-4)
+    assert len(graphed.graphs) == 1
+
+
+def test_pictures_to_draw_like_switch_without_a_capture(plain: Engine, graphed: Engine) -> None:
+    adapter, drawn = random_adapter(plain, "plus"), []
+    for seed, scale in ((0, 1.0), (1, 1.0), (0, 0.5)):
+        like = {"image_prompts": engine.ImagePrompt(adapter, picture(seed), scale)}
+        drawn.append(_draw(graphed, **like))
+        torch.testing.assert_close(drawn[-1], _draw(plain, **like), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(drawn[0], drawn[1], rtol=1e-2)
+    assert not torch.allclose(drawn[0], drawn[2], rtol=1e-2)
     assert len(graphed.graphs) == 1
 
 

@@ -19,6 +19,8 @@ from engine.sampling.join import Size, bucket, exactly, join_phases, join_states
 from engine.sampling.loop import Denoising, Stepper, denoise
 from engine.sampling.samplers import SAMPLERS
 from tests.controlnets import hint, random_controlnet
+from tests.ip_adapters import picture as adapter_picture
+from tests.ip_adapters import random_adapter
 from tests.parity.test_ico import _concept as ico_concept
 from tests.pipelines import random_concept
 
@@ -60,8 +62,14 @@ def _kinds(sd: engine.Engine) -> dict[str, dict[str, Any]]:
     picture = np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
     mask = np.zeros((16, 16), np.float32)
     mask[3:9, 5:14] = 1
+    like = [engine.ImagePrompt(random_adapter(sd, kind), adapter_picture(1), scale=0.7) for kind in ("plain", "plus")]
     return {
         "plain": {},
+        "like a picture": {"image_prompts": like[0]},
+        "like two, without guidance": {"image_prompts": like, "guidance_scale": 1.0},
+        "some like pictures": {"images_per_prompt": 3, "image_prompts": [None, like[1:], like]},
+        "parallel, like a picture": {"customization": engine.Infusion(concepts[:1]), "image_prompts": like[1]},
+        "dci, like a picture": {"customization": engine.DCI("cat", fraction=0.5), "image_prompts": like[0]},
         "two nouns": {
             "customization": engine.Infusion([concepts[0], replace(concepts[1], noun="boat")]),
             "prompt": "a photo of a boat and a cat",

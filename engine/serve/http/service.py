@@ -15,6 +15,7 @@ from PIL import Image
 from starlette.requests import Request
 
 from ...methods.asked import take_asked
+from ...models.tiny_vae import DecoderTiny
 from ...observe.progress import Callback
 from ...result import Result
 from ..fleet import Fleet
@@ -61,14 +62,22 @@ class GoneError(Exception):
 class Service:
     """One model behind all interfaces.
 
+    Args:
+        scheduler: who draws; closed by the application.
+        shelf: of concepts.
+        limits: of clients.
+        decoder: makes previews; the linear map of ``Previews`` where not given.
+
     Attributes:
         requests: answers by path and status.
         seconds: that they took, by path.
     """
 
-    def __init__(self, scheduler: Scheduler | Fleet, shelf: Shelf, limits: Limits) -> None:
+    def __init__(
+        self, scheduler: Scheduler | Fleet, shelf: Shelf, limits: Limits, decoder: DecoderTiny | None = None
+    ) -> None:
         self.scheduler, self.sd, self.shelf, self.limits = scheduler, scheduler.sd, shelf, limits
-        self.book, self.previews = Book(limits.keep_seconds), Previews(scheduler.sd.vae)
+        self.book, self.previews = Book(limits.keep_seconds), Previews(scheduler.sd.vae, decoder)
         self.started = time.time()
         self.requests: Counter[tuple[str, int]] = Counter()
         self.seconds = defaultdict[str, float](float)
@@ -119,8 +128,9 @@ class Service:
                     values[name] = given_ones[0] if len(given_ones) == 1 else given_ones
             self._check_pasted(pictures, n_images, values)
             custom = asked.make(self.shelf.load)
+            watched = {"callback": on_step, "callback_latents": "clean"}
             return self.scheduler.submit(
-                prompt, client=client, deadline=deadline, customization=custom, callback=on_step, **values
+                prompt, client=client, deadline=deadline, customization=custom, **watched, **values
             )
 
         return await asyncio.to_thread(self.book.add, request_id, digest, submit)
