@@ -153,8 +153,7 @@ class Layout:
         """The plain trajectory of image ``i``, shared by all images with the same texts and the same start."""
         request = self.request
         prompt, negative = request.prompts[i], request.negative_prompts[i]
-        own_start = i if request.image is not None or request.latents is not None else None
-        key = (prompt, negative, concepts, request.seeds[i], own_start)
+        key = (prompt, negative, concepts, *request.start_of(i))
         if key not in self.trajectories:
             trajectory = self._new_trajectory(key, i)
             unconditional = self._own_unconditional(trajectory, i, concepts)

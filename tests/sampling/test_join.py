@@ -34,6 +34,7 @@ def _kinds(sd: engine.Engine) -> dict[str, dict[str, Any]]:
         "rescaled": {"guidance_rescale": 0.6},
         "three": {"images_per_prompt": 3, "negative_prompt": "blue"},
         "from a picture": {"image": picture, "strength": 0.6},
+        "varied": {"variation_seed": [4, 5], "variation_strength": 0.4, "images_per_prompt": 2},
         "parallel": {"customization": engine.Infusion(concepts[:1])},
         "shared": {"customization": engine.Infusion(concepts[1:], foundation="shared")},
         "follower without guidance": {"customization": engine.Infusion(concepts[:1]), "guidance_scale": 1.0},
@@ -104,6 +105,21 @@ def test_every_sampler_joins_and_leaves(small: engine.Engine, sampler: str) -> N
         stepper([joined, beside])
     denoise(stepper, joined, lambda _i, _x: True)
     assert _error(joined, alone) < 1e-5
+
+
+@torch.no_grad()
+def test_generators_join(small: engine.Engine) -> None:
+    """What one of them draws for several images depends on nothing beside it."""
+
+    def begin() -> Denoising:
+        generator = torch.Generator().manual_seed(6)
+        return _begin(small, images_per_prompt=2, generator=generator, seed=None, sampler="euler_ancestral")
+
+    alone, joined = begin(), begin()
+    denoise(small.stepper(), alone, lambda _i, _x: True)
+    _step_at_random(small.stepper(), [joined, _begin(small, seed=9, prompt="a red boat")], seed=0)
+    assert _error(joined, alone) < 1e-5
+    assert _error(joined, _begin(small, images_per_prompt=2, seed=6)) > 1e-2
 
 
 @torch.no_grad()
