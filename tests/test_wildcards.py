@@ -35,7 +35,7 @@ def test_the_seed_decides(folder: Path) -> None:
 
 def test_choices_are_the_same_on_every_machine() -> None:
     """Pinned: they are hashes, and no library's random numbers."""
-    assert [expand("{a|b|c|d}", seed, None) for seed in range(8)] == list("aacbbcdc")
+    assert [expand("{a|b|c|d}", seed, None) for seed in range(8)] == list("addbacac")
 
 
 def test_choices_of_one_text_are_apart() -> None:
@@ -62,7 +62,7 @@ def test_choices_of_one_text_are_apart() -> None:
 )
 def test_notation(text: str, outcomes: set[str]) -> None:
     assert {expand(text, seed, None) for seed in range(40)} == outcomes
-    assert has_choices(text) == ("{" in text or "}" in text)
+    assert has_choices(text) == ("{" in text or r"\}" in text)
 
 
 def test_names(folder: Path) -> None:

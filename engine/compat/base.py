@@ -66,6 +66,7 @@ class Pipeline:
         pretrained_model_name_or_path: str | Path | None,
         *,
         torch_dtype: torch.dtype | str | None = None,
+        dtype: torch.dtype | str | None = None,
         scheduler: Any = None,
         safety_checker: None = None,
         image_encoder: None = None,
@@ -80,7 +81,7 @@ class Pipeline:
 
         Args:
             pretrained_model_name_or_path: what ``engine.load`` takes.
-            torch_dtype: float32 where not given.
+            torch_dtype, dtype: two names of one thing; float32 where not given.
             scheduler: in place of the folder's.
             safety_checker, image_encoder, requires_safety_checker: none runs here.
             variant: "fp16" with torch_dtype float16, which prefers those files anyway.
@@ -106,7 +107,9 @@ class Pipeline:
             raise ValueError(f"local_files_only belongs to paths; for hub ids set HF_HUB_OFFLINE=1, got {str(model)!r}")
         if use_safetensors is False:
             raise ValueError("use_safetensors must not be False: pickles are refused, because reading one can run code")
-        kind = _kind(torch_dtype)
+        if dtype is not None and torch_dtype is not None:
+            raise ValueError(f"give dtype or torch_dtype, not both, got {dtype} and {torch_dtype}")
+        kind = _kind(torch_dtype if dtype is None else dtype)
         if variant is not None and (variant, kind) != ("fp16", "float16"):
             raise ValueError(f"variant must be 'fp16', with torch_dtype float16, got {variant!r} with {kind}")
         loading = {"model": model, "dtype": kind, "device": "cpu", "backend": backend}
@@ -265,7 +268,11 @@ def _kind(dtype: Any) -> str:
 
 
 def _own_scheduler(loading: Mapping[str, Any]) -> Any:
-    """The scheduler of a model's folder; of a file without one, SD v1.5's."""
+    """The scheduler of a model's folder, of the class that its index names; of a file without one, SD v1.5's."""
     checkpoint = open_checkpoint(loading["model"], loading.get("config"), prefer_fp16=loading["dtype"] == "float16")
-    folder = checkpoint.tokenizer.parent / "scheduler"
-    return scheduler_from(read_config(folder)) if folder.is_dir() else PNDMScheduler(**_SD_V1_5)
+    folder = checkpoint.tokenizer.parent
+    if not (folder / "scheduler").is_dir():
+        return PNDMScheduler(**_SD_V1_5)
+    config, index = read_config(folder / "scheduler" / "scheduler_config.json"), folder / "model_index.json"
+    named = read_config(index).get("scheduler") if index.is_file() else None
+    return scheduler_from(config, named[1] if isinstance(named, list) and len(named) == 2 else None)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import re
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import fields
+from functools import partial
 from typing import Any, NamedTuple
 
 import torch
@@ -148,13 +149,13 @@ class _Watching:
             rule = "callback_on_step_end_tensor_inputs must be ['latents']: what else there is belongs to a batch"
             raise ValueError(f"{rule}, got {list(tensors)}")
         self.pipeline, self.callback = pipeline, callback
-        self.timesteps = torch.empty(0)
+        self.timesteps: Callable[[], Tensor] = torch.Tensor
         pipeline._interrupt = False
 
     def __call__(self, step: int, _total: int, latents: Tensor) -> bool:
         assert self.callback is not None
         before = latents._version
-        answer = self.callback(self.pipeline, step, self.timesteps[step], {"latents": latents})
+        answer = self.callback(self.pipeline, step, self.timesteps()[step], {"latents": latents})
         if not isinstance(answer, Mapping):
             raise ValueError(f"callback_on_step_end must return its tensors in a dict, got {answer!r}")
         if answer.get("latents", latents) is not latents or latents._version != before:
@@ -210,7 +211,7 @@ class _Drawing:
         if "long_prompts" in {one.name for one in fields(Options)}:
             options["long_prompts"] = "truncate"
         if watched.callback is not None:
-            watched.timesteps = _timesteps(self.sd, options)
+            watched.timesteps = partial(_timesteps, self.sd, options)
             options["callback"] = watched
         out = self.sd.generate(**self.texts, **options)
         images = self._interrupted(out, output) if out.cancelled else out.images

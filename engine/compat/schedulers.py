@@ -64,7 +64,7 @@ class Scheduler:
             CheckpointError: there is no configuration.
         """
         folder = Path(path) if subfolder is None else Path(path) / subfolder
-        return cls.from_config(read_config(folder))
+        return cls.from_config(read_config(folder / "scheduler_config.json"))
 
     def __repr__(self) -> str:
         return f"{type(self).__name__}({dict(self.config)})"
@@ -161,25 +161,24 @@ def sampling_of(scheduler: Any) -> Sampling:
     return Sampling(sampler, schedules[0] if schedules else None, ScheduleConfig.from_dict(said, name))
 
 
-def read_config(folder: Path) -> Config:
-    """``scheduler_config.json`` of a folder."""
-    path = folder / "scheduler_config.json"
+def read_config(path: Path) -> Config:
+    """A JSON object of a diffusers folder."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
     except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be read as a scheduler's configuration: {error}") from error
+        raise CheckpointError(f"{path}: cannot be read as a configuration: {error}") from error
     if not isinstance(config, dict):
         raise CheckpointError(f"{path}: expected a JSON object, got {type(config).__name__}")
     return Config(config)
 
 
-def scheduler_from(config: Mapping[str, Any]) -> Scheduler:
-    """The scheduler that a configuration names.
+def scheduler_from(config: Mapping[str, Any], name: str | None = None) -> Scheduler:
+    """A scheduler of a configuration, and of the class of that name, or the one that it names itself.
 
     Raises:
         ValueError: there is no sampler for it.
     """
-    name = config.get("_class_name", "PNDMScheduler")  # as SD v1.5's own
+    name = name or config.get("_class_name", "PNDMScheduler")  # as SD v1.5's own
     if name not in KNOWN:
         instead = f"; give scheduler={_NOT_HERE[name]}" if name in _NOT_HERE else ""
         raise ValueError(f"the model's scheduler must be one of {', '.join(KNOWN)}, got {name!r}{instead}")

@@ -17,7 +17,7 @@ if TYPE_CHECKING:
     from .request import Request
 
 _MAX_SEED = 2**64 - 1
-_PARALLEL = 1e-4  # sine below which two columns have no arc between them
+_PARALLEL = 1e-6  # sine below which two columns have no arc between them
 Generators = tuple[torch.Generator, ...]
 
 
@@ -165,8 +165,8 @@ def between(noise: Tensor, other: Tensor, share: float) -> Tensor:
         noise, other: of one shape.
         share: s, 0 for ``noise`` and 1 for ``other``.
     """
-    first, second = (x / x.norm(dim=-2, keepdim=True) for x in (noise, other))
+    first, second = (x.double() / x.double().norm(dim=-2, keepdim=True) for x in (noise, other))
     angle = torch.acos((first * second).sum(dim=-2, keepdim=True).clamp(-1, 1))
     sine = torch.sin(angle)
     arc = (torch.sin((1 - share) * angle) * noise + torch.sin(share * angle) * other) / sine
-    return torch.where(sine < _PARALLEL, noise + share * (other - noise), arc)
+    return torch.where(sine < _PARALLEL, noise + share * (other - noise), arc).to(noise.dtype)

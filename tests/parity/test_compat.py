@@ -1,6 +1,7 @@
 """One script against diffusers and against ``engine.compat``: same pictures."""
 
 from collections.abc import Callable
+from functools import lru_cache
 from types import ModuleType
 from typing import Any
 
@@ -28,10 +29,23 @@ def folder(tmp_path_factory):
     return path
 
 
-def _pipeline(library: ModuleType, folder: Any, kind: str = "StableDiffusionPipeline") -> Any:
-    pipe = getattr(library, kind).from_pretrained(folder, torch_dtype=torch.float32, safety_checker=None)
+def _fresh(library: ModuleType, folder: Any, kind: str = "StableDiffusionPipeline") -> Any:
+    pipe = getattr(library, kind).from_pretrained(folder, dtype=torch.float32, safety_checker=None)
     pipe.set_progress_bar_config(disable=True)
     return pipe.to("cpu")
+
+
+@lru_cache(maxsize=8)
+def _kept(library: ModuleType, folder: Any, kind: str) -> tuple[Any, Any]:
+    pipe = _fresh(library, folder, kind)
+    return pipe, pipe.scheduler
+
+
+def _pipeline(library: ModuleType, folder: Any, kind: str = "StableDiffusionPipeline") -> Any:
+    """One that is loaded once, with the folder's scheduler."""
+    pipe, own = _kept(library, folder, kind)
+    pipe.scheduler = own
+    return pipe
 
 
 def _same(folder: Any, script: Script) -> float:
@@ -63,7 +77,7 @@ def test_schedulers(folder, scheduler: str | None, options: dict, agrees) -> Non
         if scheduler is not None:
             pipe.scheduler = getattr(library, scheduler).from_config(pipe.scheduler.config, **options)
         generator = torch.Generator("cpu").manual_seed(3)
-        return pipe(_PROMPTS, num_inference_steps=6, guidance_scale=5.0, generator=generator, output_type="np").images
+        return pipe(_PROMPTS, num_inference_steps=5, guidance_scale=5.0, generator=generator, output_type="np").images
 
     agrees("`engine.compat`, every scheduler, pixels", "StableDiffusionPipeline", _same(folder, script), _PIXELS)
 
@@ -219,7 +233,7 @@ def loras(folder, tmp_path_factory):
 @pytest.mark.parametrize("way", ["scaled", "last", "both", "fused", "unfused", "unloaded", "disabled"])
 def test_loras(folder, loras, way: str, agrees) -> None:
     def script(library, folder):
-        pipe = _pipeline(library, folder)
+        pipe = _fresh(library, folder)
         scale = {"cross_attention_kwargs": {"scale": 0.5}} if way == "scaled" else {}
         pipe.load_lora_weights(loras[0].parent, weight_name=loras[0].name, adapter_name="one")
         if way in ("last", "both"):
@@ -252,7 +266,7 @@ def test_learned_tokens(folder, tmp_path, agrees) -> None:
     save_file({"<toy>": vectors}, tmp_path / "toy.safetensors")
 
     def script(library, folder):
-        pipe = _pipeline(library, folder)
+        pipe = _fresh(library, folder)
         pipe.load_textual_inversion(str(tmp_path / "toy.safetensors"))
         generator = torch.Generator().manual_seed(0)
         prompts = ["a <toy> on a beach", "a car"]
