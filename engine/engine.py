@@ -35,6 +35,7 @@ from .sampling.start import start
 from .sampling.timetable import Timetables
 from .sampling.vae_runner import VAERunner
 from .text.encoder import TextEncoder
+from .upscale import drawer_of
 
 MAX_PIXELS = 4096 * 4096
 
@@ -95,8 +96,8 @@ class Engine:
             OutOfMemoryError: the memory does not hold so many rows of this size; the message says what would fit.
         """
         asked = make_options(Options, "generate", options)
-        if asked.scheduler is not None:
-            return asked.scheduler.draw(self, prompt, options)
+        if (drawer := drawer_of(asked)) is not None:
+            return drawer.draw(self, prompt, options)
         request = make_request(self.limits, prompt, asked)
         clock = StageClock(self.device)
         denoising = self.begin(request, clock)

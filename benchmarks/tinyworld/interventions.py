@@ -116,7 +116,7 @@ class Foundations:
         timetable = Timetable(self.table, sd.unet.time_shifts(self.table.timesteps))
         denoising = start_denoising([plan], timetable, self.start, noise)
         denoise(Stepper(sd.unet, run), denoising, lambda _i, _x: True)
-        self.images: list[Image.Image] = sd._pictures(self.request, denoising.x)
+        self.images: list[Image.Image] = to_pictures(sd._vae, self.request.options, denoising.x)
 
     @torch.no_grad()
     def draw(self, parts: Sequence[Part], how: Intervention, silhouettes: Tensor) -> list[Image.Image]:
@@ -134,7 +134,7 @@ class Foundations:
             state = State(x, history, torch.full((n,), i), None)
             with _replaced(self.sd, self.maps[i] if share < how.self_maps else {}):
                 x, history, _ = guided_step(self.sd.unet, replace(self._phase, rows=rows), state)
-        return self.sd._pictures(self.request, x)
+        return to_pictures(self.sd._vae, self.request.options, x)
 
     def _foundation(
         self, i: int, slots: Sequence[str], power: float, silhouettes: Tensor | None

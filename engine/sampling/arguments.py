@@ -9,7 +9,7 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ..checks import check_callable, check_choice, check_flag, check_integer, check_number, check_texts
 from ..methods.control import Control, check_controls
@@ -25,6 +25,7 @@ from .samplers import SAMPLERS
 from .schedule import SCHEDULES
 
 DEFAULT_STRENGTH = 0.8
+DEFAULT_UPSCALE_STRENGTH = 0.5
 
 _OUTPUTS = ("pil", "numpy", "latent")
 
@@ -108,6 +109,25 @@ class Options:
         flags=(),
         metavar="N[,N...]",
     )
+    generator: Generator | Sequence[Generator] | None = option(
+        None,
+        "in place of seeds a torch.Generator, drawn from as it stands, for all images at once, or one per image; as "
+        "diffusers' pipelines take it. Seeds are then reported as what it began with.",
+    )
+    variation_seed: int | Sequence[int] | None = option(
+        None,
+        "whose noise the start moves towards: one integer, counted up over the images while one integer seed stays as "
+        "it is, or one per image; drawn and reported where not given.",
+        flags=(),
+        metavar="N[,N...]",
+    )
+    variation_strength: float = option(
+        0.0,
+        "how far it moves: 0 not at all, 1 all the way, in between on the arc that A1111 takes.",
+        partial(check_number, low=0.0, high=1.0),
+        flags=(),
+        setting=True,
+    )
     images_per_prompt: int = option(
         1, "images in a row for each prompt.", partial(check_integer, low=1), flags=("--count",), metavar="N"
     )
@@ -115,7 +135,7 @@ class Options:
         None,
         "picture(s) to start from, PIL or (H, W, 3) arrays; turned as their EXIF orientation says.",
         flags=(),
-        metavar="FILE",
+        metavar="FILE|FOLDER",
     )
     strength: float = option(
         DEFAULT_STRENGTH,
@@ -145,6 +165,28 @@ class Options:
         optional=True,
         flags=(),
         metavar="N",
+    )
+    upscale: float = option(
+        1.0,
+        "factor on height and width: the picture is drawn in the size that is asked for, enlarged, and redrawn from "
+        "there as from an image, with all that it was drawn with; 1 for no second pass.",
+        partial(check_number, low=1.0, high=8.0),
+        flags=(),
+        setting=True,
+    )
+    upscale_strength: float = option(
+        DEFAULT_UPSCALE_STRENGTH,
+        "share of the schedule that redraws the enlarged picture; above 0, at most 1.",
+        partial(check_number, low=0.0, high=1.0),
+        flags=(),
+        setting=True,
+    )
+    upscale_steps: int | None = option(
+        None,
+        "sampling steps of the second pass's whole schedule; steps where not given.",
+        partial(check_integer, low=1),
+        optional=True,
+        setting=True,
     )
     latents: Tensor | None = option(None, "unit-variance start noise (B, 4, h, w), in place of the seeds' own.")
     weighting: str = option(

@@ -169,10 +169,9 @@ class Layout:
     def _shared_trajectory(self, i: int, concepts: tuple[Concept, ...]) -> int:
         """The plain trajectory of image ``i``, shared by all images with the same texts and the same start."""
         request = self.request
-        own_start = i if request.image is not None or request.latents is not None else None
         hints = tuple(picture_of(one, i, len(request.seeds)) for one in request.hints)
         written = self.written.prompts[i], self.written.negative_prompts[i]
-        key = (*written, concepts, request.seeds[i], own_start, hints, request.image_prompts[i])
+        key = (*written, concepts, *request.start_of(i), hints, request.image_prompts[i])
         if key not in self.trajectories:
             trajectory = self._new_trajectory(key, i)
             unconditional = self._own_unconditional(trajectory, i, concepts)

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -15,12 +14,11 @@ from torch import Tensor
 from ..checks import check_integer, check_texts
 from ..methods.dci import DCI
 from ..methods.image_prompt import ImagePrompt, prompts_per_image
-from .arguments import DEFAULT_STRENGTH, Customization, Options
+from .arguments import DEFAULT_STRENGTH, DEFAULT_UPSCALE_STRENGTH, Customization, Options
 from .hints import make_hints
 from .mask import Masked, check_mask, cut, read_masks
 from .samplers import WITH_ETA
-
-_MAX_SEED = 2**64 - 1
+from .seeds import read_seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,6 +53,8 @@ class Request:
         latents: (I, 4, h, w) float32.
         masked: what of the pictures is redrawn; None where they are as wholes.
         hints: each control's pictures; see ``hints.make_hints``.
+        variation_seeds: one entry per image; none where starts do not vary.
+        generators: what noise is drawn from in place of the seeds' own generators, one per image or one for all.
     """
 
     options: Options
@@ -68,6 +68,13 @@ class Request:
     latents: Tensor | None
     masked: Masked | None = None
     hints: tuple[Tensor, ...] = ()
+    variation_seeds: tuple[int, ...] = ()
+    generators: tuple[torch.Generator, ...] = ()
+
+    def start_of(self, i: int) -> tuple[int | None, ...]:
+        """Tells the starts of images from one another: by their seeds, where these say all."""
+        own = self.image is not None or self.latents is not None or self.generators
+        return self.seeds[i], *self.variation_seeds[i : i + 1], i if own else None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -82,6 +89,7 @@ class Request:
             "prompts": list(self.prompts),
             "negative_prompts": list(self.negative_prompts),
             "seeds": list(self.seeds),
+            "variation_seeds": list(self.variation_seeds or [None] * len(self.seeds)),
             "customizations": [None if one is None else one.settings() for one in self.customizations],
             "image_prompts": [[one.settings() for one in own] for own in self.image_prompts],
             **{one.name: getattr(self.options, one.name) for one in fields(Options) if one.metadata["setting"]},
@@ -90,6 +98,7 @@ class Request:
             "mask_padding": self.options.mask_padding,
             "given_latents": self.latents is not None,
             "control": [one.settings() for one in self.options.control],
+            "given_generators": bool(self.generators),
         }
 
 
@@ -118,11 +127,12 @@ def make_request(limits: ModelLimits, prompt: str | Sequence[str], options: Opti
     if begin == steps:
         rule = "int(steps * strength) must be at least 1"
         raise ValueError(f"{rule}, got steps={steps} and strength={options.strength}")
+    seeds, variation_seeds, generators = read_seeds(options, n_images)
     return Request(
         options=replace(options, steps=steps, height=height, width=width),
         prompts=tuple(text for text in prompts for _ in range(per_prompt)),
         negative_prompts=tuple(text for text in negatives for _ in range(per_prompt)),
-        seeds=_seeds(options.seed, n_images),
+        seeds=seeds,
         customizations=customizations,
         image_prompts=prompts_per_image(options.image_prompts, n_images),
         begin=begin,
@@ -130,6 +140,8 @@ def make_request(limits: ModelLimits, prompt: str | Sequence[str], options: Opti
         latents=None if options.latents is None else _start_noise(limits, options.latents, n_images, height, width),
         masked=masked,
         hints=make_hints(options.control, len(prompts), n_images, (height, width), limits.factor),
+        variation_seeds=variation_seeds,
+        generators=generators,
     )
 
 
@@ -143,10 +155,20 @@ def _check_together(options: Options) -> None:
         raise ValueError(f"{rule}, got guidance_rescale={options.guidance_rescale}")
     if options.image is None and options.strength != DEFAULT_STRENGTH:
         raise ValueError(f"strength belongs to image-to-image: give an image too, got strength={options.strength}")
+    _check_upscale(options)
     if options.image is not None and options.latents is not None:
         raise ValueError("give image or latents, not both: each says where the picture starts")
     if options.output == "latent" and options.image is None and (options.vae_slicing or options.vae_tiling):
         raise ValueError("vae_slicing and vae_tiling belong to the VAE, which output='latent' does not run")
+
+
+def _check_upscale(options: Options) -> None:
+    if options.upscale != 1:
+        rule = "upscale draws twice, which generate does, also with a scheduler; a request is one pass"
+        raise ValueError(f"{rule}, got upscale={options.upscale:g}")
+    if options.upscale_strength != DEFAULT_UPSCALE_STRENGTH or options.upscale_steps is not None:
+        rule = "upscale_strength and upscale_steps belong to a second pass: give upscale too"
+        raise ValueError(f"{rule}, got {options.upscale_strength} and {options.upscale_steps}")
 
 
 def _negatives(options: Options, n_prompts: int) -> tuple[str, ...]:
@@ -159,18 +181,6 @@ def _negatives(options: Options, n_prompts: int) -> tuple[str, ...]:
         rule = "negative_prompt needs a guidance_scale above 1, which it acts through"
         raise ValueError(f"{rule}, got {list(negatives)}")
     return negatives
-
-
-def _seeds(seed: Any, n_images: int) -> tuple[int, ...]:
-    """One seed per image: as given, counted up from one number, or drawn (and reported) where none is given."""
-    if seed is None:
-        return tuple(secrets.randbits(32) for _ in range(n_images))
-    if isinstance(seed, list | tuple | range):
-        if len(seed) != n_images:
-            raise ValueError(f"seed must be one integer or one per image ({n_images}), got {len(seed)}")
-        return tuple(check_integer("seed", value, 0, _MAX_SEED) for value in seed)
-    first = check_integer("seed", seed, 0, _MAX_SEED - (n_images - 1))
-    return tuple(range(first, first + n_images))
 
 
 def _customizations(options: Options, n_images: int) -> tuple[Customization | None, ...]:

@@ -2,15 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
 from torch import Tensor
 
 from ..methods.dci import DCI
 from .inpaint import Inpainting, start_inpainting
 from .request import Request
-from .seeds import auxiliary_seed
+from .seeds import Noise, auxiliary_seed
 from .table import SamplerTable
 from .vae_runner import VAERunner
 
@@ -26,36 +24,25 @@ def start(
     n_images, seeds = len(request.seeds), request.seeds
     if any(isinstance(one, DCI) and one.noise == "independent" for one in request.customizations):
         seeds = (*seeds, *map(auxiliary_seed, seeds))
-    draw = _drawing(seeds, (vae.latent_channels, *(n // vae.factor for n in request.size)), device)
+    draw = Noise(request, seeds[n_images:], (vae.latent_channels, *(n // vae.factor for n in request.size)), device)
     inpainting = None
 
     def encode(pictures: Tensor) -> Tensor:
-        noise = draw()[:n_images] if vae.is_random else torch.zeros((), device=device)
+        noise = draw.of_pictures() if vae.is_random else torch.zeros((), device=device)
         return _clean_latents(request, pictures, vae, noise, device)
 
     if request.image is not None and request.masked is not None:
         strength = request.options.strength
-        x, inpainting = start_inpainting(request.image, request.masked, strength, table, encode, draw)
+        x, inpainting = start_inpainting(request.image, request.masked, strength, table, encode, draw.start)
     elif request.image is not None:
         clean = encode(request.image).repeat(len(seeds) // n_images, 1, 1, 1)
-        x = table.image_scale * clean + table.image_noise * draw()
+        x = table.image_scale * clean + table.image_noise * draw.start()
     elif request.latents is not None:
         given = request.latents.to(device)
         x = table.start_noise * (given if len(seeds) == n_images else torch.cat([given, draw()[n_images:]]))
     else:
-        x = table.start_noise * draw()
+        x = table.start_noise * draw.start()
     return x, [draw() for _ in range(table.noise_draws)], inpainting
-
-
-def _drawing(seeds: Sequence[int], shape: tuple[int, ...], device: torch.device) -> Callable[[], Tensor]:
-    """Draws float32 noise (n, *shape), each row from a generator of its own, as diffusers does."""
-    generators = [torch.Generator("cpu").manual_seed(seed) for seed in seeds]
-
-    def draw() -> Tensor:
-        noise = [torch.randn(shape, generator=g, dtype=torch.float32, device="cpu") for g in generators]
-        return torch.stack(noise).to(device)
-
-    return draw
 
 
 def _clean_latents(request: Request, pictures: Tensor, vae: VAERunner, noise: Tensor, device: torch.device) -> Tensor:

@@ -91,6 +91,7 @@ def _kinds(sd: engine.Engine) -> dict[str, dict[str, Any]]:
             "mask_padding": 1,
             "customization": engine.Infusion(concepts[:1]),
         },
+        "varied": {"variation_seed": [4, 5], "variation_strength": 0.4, "images_per_prompt": 2},
         "parallel": {"customization": engine.Infusion(concepts[:1])},
         "shared": {"customization": engine.Infusion(concepts[1:], foundation="shared")},
         "follower without guidance": {"customization": engine.Infusion(concepts[:1]), "guidance_scale": 1.0},
@@ -214,6 +215,21 @@ def test_a_plain_row_beside_an_inpainted_one_keeps_nothing(small: engine.Engine)
     assert torch.equal(kept[0], x[0])
     assert not torch.equal(kept[1], x[1])
     assert join_states([plain], offsets[:1], phase).inpainting is None
+
+
+@torch.no_grad()
+def test_generators_join(small: engine.Engine) -> None:
+    """What one of them draws for several images depends on nothing beside it."""
+
+    def begin() -> Denoising:
+        generator = torch.Generator().manual_seed(6)
+        return _begin(small, images_per_prompt=2, generator=generator, seed=None, sampler="euler_ancestral")
+
+    alone, joined = begin(), begin()
+    denoise(small.stepper(), alone, lambda _i, _x: True)
+    _step_at_random(small.stepper(), [joined, _begin(small, seed=9, prompt="a red boat")], seed=0)
+    assert _error(joined, alone) < 1e-5
+    assert _error(joined, _begin(small, images_per_prompt=2, seed=6)) > 1e-2
 
 
 @torch.no_grad()

@@ -339,7 +339,7 @@ def test_a1111_lists_and_options(webui: webuiapi.WebUIApi) -> None:
     ("options", "message"),
     [
         ({"enable_hr": True}, "enable_hr must be False on this server, got True"),
-        ({"subseed_strength": 0.5}, "subseed_strength must be 0"),
+        ({"subseed_strength": 1.5}, "variation_strength must be a finite number from 0 to 1, got 1.5"),
         ({"styles": ["anime"]}, "styles must be"),
         ({"sampler_name": "DPM fast"}, "sampler_name must be one of DDIM, PLMS"),
         ({"scheduler": "Turbo"}, "scheduler must be one of Automatic, Karras"),

@@ -26,7 +26,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "restore_faces": (False, None),
     "tiling": (False, None),
     "styles": ([], None),
-    "subseed_strength": (0, None),
     "seed_resize_from_h": (0, -1, None),
     "seed_resize_from_w": (0, -1, None),
     "script_name": ("", None),
@@ -43,7 +42,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
 _MOOT = frozenset((
     "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name",
     "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt", "hr_cfg", "hr_additional_modules",
-    "firstphase_width", "firstphase_height", "subseed", "s_tmax", "s_min_uncond", "script_args", "refiner_switch_at",
+    "firstphase_width", "firstphase_height", "s_tmax", "s_min_uncond", "script_args", "refiner_switch_at",
     "do_not_save_samples", "do_not_save_grid", "save_images", "send_images", "override_settings_restore_afterwards",
     "mask_blur", "mask_blur_x", "mask_blur_y", "mask_round", "inpainting_fill", "inpaint_full_res",
     "inpaint_full_res_padding", "inpainting_mask_invert", "include_init_images", "disable_extra_networks",
@@ -61,6 +60,8 @@ class Txt2Img(BaseModel):
     prompt: str = ""
     negative_prompt: str | None = ""
     seed: int | None = -1
+    subseed: int | None = -1
+    subseed_strength: float | None = 0
     steps: int | None = 20
     cfg_scale: float | None = 7.0
     width: int | None = None
@@ -222,9 +223,8 @@ def _options(service: Service, body: Txt2Img) -> dict[str, Any]:
         "schedule": _SCHEDULES[(body.scheduler or "").lower()],
         "width": body.width,
         "height": body.height,
+        **_seeds(body),
     }
-    if body.seed not in (None, -1):
-        given["seed"] = body.seed
     if body.eta is not None and sampler == "ddim":  # elsewhere it changes nothing, or is what the sampler does anyway
         given["eta"] = body.eta
     if sampler == "euler_ancestral" and body.eta not in (None, 1):
@@ -247,6 +247,16 @@ def _of_mask(body: Img2Img) -> dict[str, Any]:
             got = f"got {body.mask_blur_x} and {body.mask_blur_y}"
             raise ValueError(f"mask_blur_x and mask_blur_y must be alike on this server, {got}")
     return {"mask_blur": blur, "mask_padding": (body.inpaint_full_res_padding or 0) if body.inpaint_full_res else None}
+
+
+def _seeds(body: Txt2Img) -> dict[str, Any]:
+    """Seeds that are not to be drawn."""
+    given: dict[str, Any] = {} if body.seed in (None, -1) else {"seed": body.seed}
+    if body.subseed_strength:
+        given["variation_strength"] = body.subseed_strength
+        if body.subseed not in (None, -1):
+            given["variation_seed"] = body.subseed
+    return given
 
 
 def _acts(given: Any) -> bool:

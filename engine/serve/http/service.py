@@ -31,7 +31,7 @@ _LOOK_EVERY = 0.25  # seconds after which a client that waits is asked whether i
 OVER_HTTP = (
     "negative_prompt", "steps", "guidance_scale", "sampler", "eta", "height", "width", "seed", "images_per_prompt",
     "strength", "weighting", "schedule", "guidance_rescale", "vae_slicing", "vae_tiling", "mask_blur", "mask_padding",
-    "long_prompts", "clip_skip",
+    "long_prompts", "clip_skip", "variation_seed", "variation_strength",
 )  # fmt: skip
 
 
