@@ -23,6 +23,7 @@ from engine.models.conditioning import Batch, Following
 from engine.models.transformer import SelfAttention
 from engine.sampling.arguments import Options
 from engine.sampling.loop import Stepper, denoise, start_denoising
+from engine.sampling.pictures import to_pictures
 from engine.sampling.plan import GuidedBatch, make_plans
 from engine.sampling.request import make_request
 from engine.sampling.samplers import make_table
