@@ -19,6 +19,7 @@ from engine.compat import (
 from engine.errors import CheckpointError
 from engine.weights.single_file import save_single_file
 from tests.loras import write_kohya
+from tests.naming import short
 from tests.pipelines import save_pipeline
 
 _QUICK = {"num_inference_steps": 2, "output_type": "np"}
@@ -144,7 +145,7 @@ def test_loras_are_made_once(pipe: StableDiffusionPipeline, tmp_path: Path) -> N
             "callback_on_step_end must leave latents as they are",
         ),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=short,
 )
 def test_refusals(pipe: StableDiffusionPipeline, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError) as caught:
@@ -175,7 +176,7 @@ def test_no_guidance_below_one(pipe: StableDiffusionPipeline) -> None:
         ({"torch_type": 1}, "from_pretrained has no argument torch_type"),
         ({"scheduler": object()}, "scheduler must be one of DDIMScheduler"),
     ],
-    ids=lambda value: str(value)[:40],
+    ids=short,
 )
 def test_loading_refuses(small_folder: Path, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError) as caught:

@@ -7,6 +7,7 @@ from PIL import Image
 
 import engine
 from engine.sampling.seeds import between
+from tests.naming import short
 
 _QUICK = {"steps": 3, "output": "latent", "progress": False}
 
@@ -149,7 +150,7 @@ def test_generators(small: engine.Engine, sampler: str) -> None:
         ({"generator": [torch.Generator()] * 2}, "generator must be one torch.Generator, or one per image (1)"),
         ({"generator": [torch.Generator(), 3], "images_per_prompt": 2}, "generator must be one torch.Generator"),
     ],
-    ids=lambda value: str(value)[:50],
+    ids=short,
 )
 def test_refusals(small: engine.Engine, arguments: dict, message: str) -> None:
     with pytest.raises(ValueError) as caught:
