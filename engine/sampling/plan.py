@@ -8,7 +8,6 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
-from functools import cached_property
 from itertools import pairwise
 
 import torch
@@ -186,6 +185,7 @@ class _Planner:
         mixing = [layout.number((segment, i)) for segment in (CONCEPT, AUXILIARY) for i in range(len(layout.pairs))]
         # a mask is of the keys 1..n, among which further chunks have end and begin tokens
         self.orders = {row: own_first(self.tokens[row]) for row in mixing if len(self.tokens[row].sizes) > 1}
+        self.rows = self._rows()  # of every phase that has this layout
 
     def plan(self, steps: int, before: Sequence[object]) -> RowPlan:
         """A plan for ``steps`` steps, which go on from trajectories that were in the order ``before``."""
@@ -214,8 +214,7 @@ class _Planner:
         """Where the key of a token is, among a row's keys."""
         return self.orders[row].index(position) if row in self.orders else position
 
-    @cached_property
-    def rows(self) -> GuidedBatch:
+    def _rows(self) -> GuidedBatch:
         layout, text_kv = self.layout, self.text_kv
         trajectories = [row.trajectory for row in (*layout.all_owners, *layout.followers)]
         firsts = [trajectories.index(trajectory) for trajectory in range(len(layout.trajectories))]

@@ -96,6 +96,13 @@ def test_words_of_prompts(named: engine.Engine, small: engine.Engine) -> None:
     assert torch.equal(named.encode_prompt("a cat"), small.encode_prompt("a cat"))
 
 
+def test_words_of_later_chunks(named: engine.Engine) -> None:
+    """Of several prompts: each vector goes to its own chunk."""
+    context = named.encode_prompt(["a cat BREAK red", "a boat BREAK a toy-red toy"])
+    for i, text in enumerate(("a cat", "red", "a boat", "a toy-red toy")):
+        torch.testing.assert_close(context[i // 2, 77 * (i % 2) :][:77], named.encode_prompt(text)[0])
+
+
 def test_settings_name_those_that_are_used(named: engine.Engine) -> None:
     def used(prompt: Any, **options: Any) -> list[str]:
         return named.generate(prompt, steps=2, progress=False, output="latent", **options).settings["embeddings"]

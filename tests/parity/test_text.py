@@ -55,7 +55,7 @@ def _theirs(pipeline: Any, prompt: Tensor | str, negative: Tensor | str, **optio
     return pipeline(**given, generator=torch.Generator().manual_seed(3), **(shared | options)).images
 
 
-def _ours(sd: engine.Engine, prompt: str, **options: Any) -> engine.Result:
+def _ours(sd: engine.Engine, prompt: str | list[str], **options: Any) -> engine.Result:
     shared = {"steps": _STEPS, "guidance_scale": 5.0, "seed": 3, "output": "latent", "progress": False}
     return sd.generate(prompt, **(shared | options))
 
