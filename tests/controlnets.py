@@ -23,7 +23,9 @@ def make_controlnet(
     """One that fits a UNet, with random weights of its own."""
     torch.manual_seed(seed)
     net = diffusers.ControlNetModel.from_unet(unet, "rgb", hint_channels, load_weights_from_unet=False)
-    net = diffusers.ControlNetModel.from_config({**net.config, **options})
+    config = {name: value for name, value in net.config.items() if not name.startswith("_")}  # with what is default
+    net = diffusers.ControlNetModel.from_config({**config, **options})
+    assert all(net.config[name] == value for name, value in options.items())
     zeros = [*net.controlnet_down_blocks, net.controlnet_mid_block, net.controlnet_cond_embedding.conv_out]
     for conv in zeros:
         torch.nn.init.normal_(conv.weight, std=0.5 * conv.weight[0].numel() ** -0.5)

@@ -31,7 +31,8 @@ class NetRows:
 
     Attributes:
         net: the ControlNet.
-        use: which of the uses of this net these rows are; above 0 where a picture has it twice, with two hints.
+        use: which of the uses of this net these rows are; above 0 where a picture has it twice, with two hints. So no
+            row is added to twice at once, in an order that a GPU would not keep.
         batch: keys and values of the rows' texts, as the net projects them; and which share latents and hint.
         rows: (N,) their places in the UNet's batch.
         trajectories: (N,) whose latents each sees.

@@ -190,6 +190,15 @@ def test_an_adapter_of_another_model_is_refused(small_folder: Path, plain: engin
         half.generate("a cat", image_prompts=prompt, **_OPTIONS)
 
 
+def test_in_bfloat16(small: engine.Engine, small_folder: Path, plus: engine.IPAdapter, tmp_path: Path) -> None:
+    half = engine.load(small_folder, dtype="bfloat16")
+    prompt = engine.ImagePrompt(load_adapter(half, tmp_path, "plus"), picture())
+    out = half.generate("a cat", image_prompts=prompt, **_OPTIONS).latents
+    expected = small.generate("a cat", image_prompts=engine.ImagePrompt(plus, picture()), **_OPTIONS).latents
+    without = small.generate("a cat", **_OPTIONS).latents
+    assert relative_error(out.float(), expected) < 0.3 * relative_error(without, expected)
+
+
 def test_an_encoder_that_does_not_fit_is_refused(small: engine.Engine, folder: Path, tmp_path: Path) -> None:
     load_adapter(small, folder, "plain"), load_adapter(small, folder, "plus")
     other = write_image_encoder(tmp_path / "other", projection_dim=16, hidden_size=64)

@@ -259,6 +259,21 @@ def test_buckets_leave_graphs_of_nets_few(small: engine.Engine, small_folder: Pa
 
 
 @torch.no_grad()
+def test_a_net_is_run_once_and_adds_to_a_row_once(small: engine.Engine, small_folder: Path) -> None:
+    """For all requests together; only where a picture has it twice there is a second run."""
+    kinds = _controlled(small, small_folder)
+    runs = [_begin(small, **kinds[name]) for name in ("net", "net twice", "net, in guess mode", "two nets, some steps")]
+    for one in runs:
+        one.taken = 1  # of five: all nets act
+    phase, _ = join_phases([one.enter_step() for one in runs], [one.timetable for one in runs], exactly)
+    one, other = _nets(small, small_folder)
+    assert [(rows.net, rows.use, len(rows.rows)) for rows in phase.rows.nets] == [
+        (one, 0, 2 + 2 + 1 + 4), (one, 1, 2), (other, 0, 4)
+    ]  # fmt: skip
+    assert all(len(set(rows.rows.tolist())) == len(rows.rows) for rows in phase.rows.nets)
+
+
+@torch.no_grad()
 def test_rows_and_latents_of_a_net_filled_up_to_as_many(small: engine.Engine, small_folder: Path) -> None:
     """Six rows on five latents are six on six where sizes are rounded: nothing is shared then."""
     net = _nets(small, small_folder)[0]
