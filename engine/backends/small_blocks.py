@@ -7,6 +7,7 @@ themselves. Where channels and positions are few, a block is one call, and its w
 from __future__ import annotations
 
 import ctypes
+import threading
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import Any
@@ -82,7 +83,9 @@ class SmallBlocks:
         for name, types in _SIGNATURES.items():
             function = getattr(library, f"twinstream_{name}")
             function.argtypes, function.restype = types, c_int64 if name == "packed_bytes" else None
-        self._packed: Any = WeakTensorKeyDictionary()  # version and packed weight, as long as the weight lives
+        # filtered or not -> version and packed weight, as long as the weight lives
+        self._packed: Any = WeakTensorKeyDictionary()
+        self._lock = threading.Lock()
 
     limits = f"up to {_MAX_CHANNELS} channels and {_MAX_POSITIONS} positions a picture"
 
@@ -109,16 +112,16 @@ class SmallBlocks:
             raise ValueError(f"shift must be (1 or {B}, {n_out}), got {tuple(shift.shape)}")
         is_bfloat16 = self._check(x.permute(0, 2, 3, 1), *norm1, *norm2, shift[0])
         out = x.new_empty(B, height, width, n_out)
-        filtered = _is_filtered(x, height * width)
+        filtered, held = _is_filtered(x, height * width), list[Tensor]()
         block = _ResnetBlock(
             x.data_ptr(),
             shift.data_ptr(),
             out.data_ptr(),
             _pointers(*norm1),
             _pointers(*norm2),
-            self._map(conv1, None, filtered),
-            self._map(*conv2, filtered),
-            _Pointers() if shortcut is None else self._map(*shortcut),
+            self._map(held, conv1, None, filtered),
+            self._map(held, *conv2, filtered),
+            _Pointers() if shortcut is None else self._map(held, *shortcut),
             *(B, height, width, C, n_out, groups),
             shift.stride(0) if len(shift) > 1 else 0,
             filtered,
@@ -161,13 +164,13 @@ class SmallBlocks:
             self.check(x.permute(0, 2, 3, 1), residual.permute(0, 2, 3, 1))
             if residual.shape != (B, n_out, *out_size):
                 raise ValueError(f"residual must be {(B, n_out, *out_size)}, got {tuple(residual.shape)}")
-        filtered = side == 3 and stride == 1 and _is_filtered(x, out_size[0] * out_size[1])
+        filtered, held = side == 3 and stride == 1 and _is_filtered(x, out_size[0] * out_size[1]), list[Tensor]()
         block = _Convolution(
             x.data_ptr(),
             None if residual is None else residual.data_ptr(),
             out.data_ptr(),
             _Pointers() if norm is None else _pointers(*norm),
-            self._map(weight, bias, filtered),
+            self._map(held, weight, bias, filtered),
             *(B, *own, C, *enlarged, stride, n_out, groups, side == 1, with_silu, filtered, torch.get_num_threads()),
             eps,
         )
@@ -200,9 +203,9 @@ class SmallBlocks:
         n_heads: int,
     ) -> Tensor:
         is_bfloat16 = self._check(x, *norm)
-        (B, N, C), out = x.shape, torch.empty_like(x)
+        (B, N, C), out, held = x.shape, torch.empty_like(x), list[Tensor]()
         sizes = (B, N, n_keys, n_heads, C // n_heads, torch.get_num_threads())
-        maps = self._map(into, None), self._map(*to_out)
+        maps = self._map(held, into, None), self._map(held, *to_out)
         block = _AttentionBlock(x.data_ptr(), *given, out.data_ptr(), _pointers(*norm), *maps, *sizes, eps)
         self.library.twinstream_attend(is_bfloat16, ctypes.addressof(block))
         return out
@@ -210,8 +213,9 @@ class SmallBlocks:
     def feed_forward(self, x: Tensor, norm: Norm, eps: float, into: Map, to_out: Map) -> Tensor:
         """``transformer.FeedForward`` of ``x`` (B, N, C)."""
         is_bfloat16, out, C = self._check(x, *norm), torch.empty_like(x), x.shape[-1]
+        held = list[Tensor]()
         sizes = (x.numel() // C, C, torch.get_num_threads())
-        maps = self._map(*into), self._map(*to_out)
+        maps = self._map(held, *into), self._map(held, *to_out)
         block = _FeedForwardBlock(x.data_ptr(), out.data_ptr(), _pointers(*norm), *maps, *sizes, eps)
         self.library.twinstream_feed_forward(is_bfloat16, ctypes.addressof(block))
         return out
@@ -224,12 +228,17 @@ class SmallBlocks:
                 raise ValueError(f"{rule}, got {row.dtype}, strides {row.stride()}")
         return self.check(x)
 
-    def _map(self, weight: Tensor, bias: Tensor | None, filtered: bool = False) -> _Pointers:
-        known, packed = self._packed.get(weight, (None, None))
-        state = 0 if weight.is_inference() else weight._version, filtered
-        if known != state:
-            packed = self._pack(weight, filtered)
-            self._packed[weight] = state, packed
+    def _map(self, held: list[Tensor], weight: Tensor, bias: Tensor | None, filtered: bool = False) -> _Pointers:
+        """Where a packed weight is, which ``held`` keeps alive: another thread may replace it meanwhile."""
+        version = 0 if weight.is_inference() else weight._version
+        ways = self._packed.get(weight)
+        if ways is None or ways.get(filtered, (None, None))[0] != version:
+            with self._lock:
+                ways = self._packed.setdefault(weight, {})
+                if ways.get(filtered, (None, None))[0] != version:
+                    ways[filtered] = version, self._pack(weight, filtered)
+        packed = ways[filtered][1]
+        held.append(packed)
         return _Pointers(packed.data_ptr(), None if bias is None else bias.data_ptr())
 
     def _pack(self, weight: Tensor, filtered: bool) -> Tensor:

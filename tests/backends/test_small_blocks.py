@@ -1,6 +1,10 @@
 """Whole blocks in one call, at every level this processor runs: accuracy, odd sizes, threads, packing, refusals."""
 
+import threading
+import time
+import weakref
 from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
 
@@ -222,6 +226,45 @@ def test_packed_weights_live_as_long_as_their_weights(ops: Ops) -> None:
     assert len(ops.small._packed) == before + 2
     del block
     assert len(ops.small._packed) == before
+
+
+def test_packed_weights_outlive_a_call_that_uses_them(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Also where another thread packs them anew, as after a change, while the call runs."""
+    assert ops.small is not None
+    small, alive = SmallBlocks(ops.small.library, ops.small.check), []
+
+    class Library:
+        def __getattr__(self, name: str) -> Any:
+            return getattr(ops.small.library, name)  # type: ignore[union-attr]
+
+        def twinstream_feed_forward(self, *_: Any) -> None:
+            kept = [weakref.ref(packed) for ways in small._packed.values() for _, packed in ways.values()]
+            small._packed.clear()
+            alive.extend(one() is not None for one in kept)
+
+    monkeypatch.setattr(small, "library", Library())
+    with torch.no_grad():
+        FeedForward(32, replace(ops, small=small))(_random(1, 4, 32), nn.LayerNorm(32))
+    assert alive == [True, True]
+
+
+def test_a_weight_is_packed_once_for_each_way_and_by_one_thread(ops: Ops, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert ops.small is not None
+    small = SmallBlocks(ops.small.library, ops.small.check)
+    block = ResnetBlock2D(8, 8, 2, 1e-5, replace(ops, small=small)).to(memory_format=torch.channels_last)
+    packed, pack, start = [], small._pack, threading.Barrier(4)
+    monkeypatch.setattr(small, "_pack", lambda *given: packed.append(given) or time.sleep(0.01) or pack(*given))
+
+    def run(_: int) -> list[Tensor]:
+        start.wait()
+        with torch.no_grad():
+            sizes = (4, 8, 4, 8)  # the larger ones are filtered
+            return [block(torch.ones(1, 8, n, n).contiguous(memory_format=torch.channels_last)) for n in sizes]
+
+    with ThreadPoolExecutor(4) as threads:
+        first, *others = threads.map(run, range(4))
+    assert len(packed) == 4
+    assert all(torch.equal(*pair) for other in others for pair in zip(first, other, strict=True))
 
 
 @pytest.mark.parametrize(
