@@ -41,7 +41,7 @@ mutants: $(BIN)/.installed
 sanitize: $(BIN)/.installed
 	CXXFLAGS="-fsanitize=address,undefined -fno-sanitize-recover=all" $(BIN)/python setup.py -q build_ext --inplace --force
 	LD_PRELOAD="$$(g++ -print-file-name=libasan.so) $$(g++ -print-file-name=libubsan.so)" ASAN_OPTIONS=detect_leaks=0 \
-	    $(BIN)/python -m pytest tests/backends/test_native.py tests/backends/test_winograd.py; status=$$?; $(BIN)/python setup.py -q build_ext --inplace --force; exit $$status
+	    $(BIN)/python -m pytest tests/backends/test_native.py tests/backends/test_winograd.py tests/backends/test_small_blocks.py; status=$$?; $(BIN)/python setup.py -q build_ext --inplace --force; exit $$status
 
 check: $(BIN)/.installed
 	$(BIN)/ruff check .

@@ -25,9 +25,10 @@ _FLAGS = [
 ]
 _AVX2 = ["-mavx2", "-mfma"]
 _AVX512 = [*_AVX2, "-mavx512bw", "-mavx512vl", "-mavx512dq", "-mavx512bf16", "-mprefer-vector-width=512"]
+_AMX = [*_AVX512, "-mamx-tile", "-mamx-bf16"]
 _LEVELS = {"baseline": []}
 if platform.machine().lower() in {"x86_64", "amd64"}:
-    _LEVELS |= {"avx2": _AVX2, "avx512": _AVX512}
+    _LEVELS |= {"avx2": _AVX2, "avx512": _AVX512, "amx": _AMX}
 
 
 class BuildNative(build_ext):

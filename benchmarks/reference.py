@@ -26,7 +26,7 @@ here is not public, and may change.
 """
 _ORDER = {
     "Drawing": ("load", "generate", "Engine", "Result", "SAMPLERS"),
-    "Customisation": ("Infusion", "ICO", "DCI", "Concept", "Control", "load_controlnet"),
+    "Customisation": ("Infusion", "ICO", "DCI", "Concept", "Control", "load_controlnet", "IPAdapter", "ImagePrompt"),
     "Training and importing": ("train_infusion", "train_ico", "import_textual_inversion", "import_custom_diffusion"),
     "Errors": (),  # and whatever is in no other group
 }

@@ -109,7 +109,7 @@ def _plan(sd: engine.Engine, customizations: Sequence[Any], latents: Tensor) -> 
     request = default_request(sd, PROMPT, customization=list(customizations), **options)
     (plan,) = make_plans(request, 1, Texts(sd.text_encoder), sd.concepts, sd.device)
     zero, one = torch.zeros(1, 1, device=sd.device), torch.ones(1, 1, device=sd.device)
-    coefficients = Coefficients(input_scale=one[0], state=zero[None], model=one, noise=zero)
+    coefficients = Coefficients(one[0], zero[None], model=one, noise=zero, keep_scale=one[0], keep_noise=zero[0])
     phase = make_phase(plan.rows, coefficients, sd.unet.time_shifts(torch.tensor([TIMESTEP], device=sd.device)))
     x = latents.expand(len(plan.starts), -1, -1, -1).contiguous()
     return phase, State(x, x.new_zeros(0, *x.shape), torch.zeros_like(plan.starts), None), plan.pictures

@@ -6,8 +6,11 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <memory>
+#include <type_traits>
 
 #include "products.h"
+#include "tile_attention.h"
 
 namespace twinstream {
 
@@ -181,10 +184,25 @@ void attend(const T* q, const T* k, const T* v, T* out, void* scratch, const Att
   }
 }
 
+// Bytes of scratch memory that ``attention`` and ``dbim`` need.
+template <typename T>
+int64_t attention_scratch(const AttentionSizes& n) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, bfloat16>)
+    return std::max(Attention<T>(n).scratch_bytes(), TileAttention(n).scratch_bytes());
+#endif
+  return Attention<T>(n).scratch_bytes();
+}
+
 // Heads are packed: (B, N or S, H*D). With T tokens (B, T), all keys must be in one block; columns are (B, N, T*H).
 template <typename T>
 void attention(const T* q, const T* k, const T* v, const int64_t* tokens, T* out, T* columns, void* scratch,
                const AttentionSizes& n, int64_t n_tokens) {
+#if defined(__AMX_BF16__)
+  if constexpr (std::is_same_v<T, bfloat16>) {
+    if (!n_tokens) return tile_attention(q, k, v, out, scratch, n);
+  }
+#endif
   attend(q, k, v, out, scratch, n,
          [=](int64_t b, int64_t h, int64_t row, const float* scores, float scale, float top, float total) {
            for (int64_t t = 0; t < n_tokens; t++) {

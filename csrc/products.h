@@ -21,7 +21,7 @@ inline Floats multiply_add(Floats sum, float a, const float* b) { return sum + a
 inline void pair(float& packed, float x, float) { packed = x; }
 inline void pair(float& packed, bfloat16 x, bfloat16) { packed = as_float(x); }
 
-#if defined(__AVX512BF16__)
+#if defined(__AVX512BF16__) && !defined(__AMX_BF16__)  // processors with AMX multiply pairs more slowly than floats
 template <>
 struct Product<bfloat16> {
   using Element = uint32_t;

@@ -26,10 +26,12 @@ if TYPE_CHECKING:
     from .methods.dci import DCI
     from .methods.foreign import import_custom_diffusion, import_lora, import_textual_inversion
     from .methods.ico import ICO
+    from .methods.image_prompt import ImagePrompt, IPAdapter
     from .methods.infusion import Infusion
     from .methods.lora import LoRA
     from .result import Result
     from .sampling.samplers import SAMPLERS
+    from .saved_settings import read_settings
     from .serve.scheduler import Scheduler
     from .train.ico import train_ico
     from .train.infusion import train_infusion
@@ -44,6 +46,8 @@ _HOMES = {
     "DeadlineError": "errors",
     "Engine": "engine",
     "ICO": "methods.ico",
+    "IPAdapter": "methods.image_prompt",
+    "ImagePrompt": "methods.image_prompt",
     "Infusion": "methods.infusion",
     "LoRA": "methods.lora",
     "NonFiniteError": "errors",
@@ -59,6 +63,7 @@ _HOMES = {
     "import_textual_inversion": "methods.foreign",
     "load": "loading",
     "load_controlnet": "methods.control",
+    "read_settings": "saved_settings",
     "train_ico": "train.ico",
     "train_infusion": "train.infusion",
 }
@@ -72,6 +77,8 @@ __all__ = [
     "Control",
     "DeadlineError",
     "Engine",
+    "IPAdapter",
+    "ImagePrompt",
     "Infusion",
     "LoRA",
     "NonFiniteError",
@@ -88,12 +95,15 @@ __all__ = [
     "import_textual_inversion",
     "load",
     "load_controlnet",
+    "read_settings",
     "train_ico",
     "train_infusion",
 ]
 
 
 def __getattr__(name: str) -> Any:
+    if name == "compat":
+        return import_module(".compat", __name__)
     if name not in _HOMES:
         raise AttributeError(f"module 'engine' has no attribute {name!r}")
     value = getattr(import_module(f".{_HOMES[name]}", __name__), name)

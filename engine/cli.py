@@ -1,4 +1,4 @@
-"""The command line: ``twinstream generate | train | batch | convert | evaluate | serve | toy | info``."""
+"""The command line: ``twinstream generate | train | batch | convert | evaluate | serve | toy | info | completion``."""
 
 from __future__ import annotations
 
@@ -11,7 +11,9 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from .checks import check_choice, check_integer
+from .cli_pictures import add_sources, draw_folder, read_request
 from .cli_runs import add_batch, add_convert, add_evaluate, add_serve, add_toy, loading_arguments
+from .completion import add_completion
 from .loading import BACKENDS
 from .methods.asked import Asked
 from .methods.control import asked_controls
@@ -52,8 +54,11 @@ def _parser() -> argparse.ArgumentParser:
     help = "merge this LoRA into the weights, with a factor (default: 1); may be repeated"
     model.add_argument("--lora", dest="loras", action="append", default=[], metavar="FILE[:F]", help=help)
 
+    help = "what prompts write for a textual inversion, and its file; may be repeated"
+    model.add_argument("--embedding", dest="embeddings", action="append", default=[], metavar="NAME=FILE", help=help)
+
     generate = commands.add_parser("generate", parents=[model], help="draw pictures from prompts")
-    generate.add_argument("prompts", nargs="+", metavar="prompt")
+    add_sources(generate)
     generate.add_argument("--size", type=_size, metavar="WxH", help="for example 512x768 (default: the model's)")
     _add_options(generate, Options)
     generate.add_argument(
@@ -103,6 +108,9 @@ def _parser() -> argparse.ArgumentParser:
 
     info = commands.add_parser("info", parents=[model], help="show device, versions and what each op runs on")
     info.set_defaults(run=_info)
+    add_completion(
+        commands.add_parser("completion", help="print a script by which a shell completes commands"), _parser
+    )
     return parser
 
 
@@ -167,9 +175,12 @@ def _seeds(text: str) -> int | list[int]:
 
 _TYPES: dict[str, Any] = {
     "seed": _seeds,
+    "variation_seed": _seeds,
+    "upscale_steps": int,
     "size": int,
     "initial_tokens": str,
     "schedule": str,
+    "mask_padding": int,
 }  # by option, where it is not the default's
 
 
@@ -207,13 +218,18 @@ def _train(arguments: argparse.Namespace, method: str, kind: type, file: dict[st
 def _generate(arguments: argparse.Namespace) -> int:
     from PIL import Image
 
-    options = _given(arguments, Options) | {"customization": _customization(arguments)}
+    prompts, options = read_request(arguments, _given(arguments, Options), _customization(arguments))
+    sd = _load(arguments)
+    options["control"] = asked_controls(arguments.control, sd)
+    if "mask" in options:
+        options["mask"] = Image.open(options["mask"])
+    if "image" in options and options["image"].is_dir():
+        if arguments.grid:
+            raise ValueError(f"grid must not be given where image is a folder, got {str(options['image'])!r}")
+        return draw_folder(sd, prompts, options, arguments.out)
     if "image" in options:
         options["image"] = Image.open(options["image"])
-    if arguments.size is not None:
-        options["width"], options["height"] = arguments.size
-    sd = _load(arguments)
-    out = sd.generate(arguments.prompts, **options, control=asked_controls(arguments.control, sd))
+    out = sd.generate(prompts, **options)
     for path, prompt in zip(out.save(arguments.out), out.settings["prompts"], strict=True):
         print(f"{path}  {prompt}")
     if arguments.grid:

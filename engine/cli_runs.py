@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import json
 import sys
+from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -60,6 +61,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--concepts", type=Path, metavar="FOLDER", help="where concepts that clients put are kept")
     parser.add_argument("--max-rows", type=int, metavar="N", help="of a UNet batch (default: profiled)")
     parser.add_argument("--max-waiting", type=int, default=64, metavar="N", help="requests (default: 64)")
+    parser.add_argument("--preview-vae", type=Path, metavar="FILE", help="TAESD for previews (default: a linear map)")
     parser.add_argument("--log-prompts", action="store_true", help="write what is asked for into the log")
     parser.add_argument(
         "--grace-seconds", type=float, default=30.0, help="for what runs when it is told to stop (default: 30)"
@@ -81,7 +83,7 @@ def _serve(arguments: argparse.Namespace) -> int:
 
     from .loading import load
 
-    names = ("host", "port", "concepts", "max_rows", "max_waiting", "log_prompts", "grace_seconds")
+    names = ("host", "port", "concepts", "max_rows", "max_waiting", "log_prompts", "grace_seconds", "preview_vae")
     options = ServeOptions(**{name: getattr(arguments, name) for name in names})
     tokens, loading = read_tokens(arguments.token_file), loading_arguments(arguments)
     names = ("replicas", "most_replicas", "cpus", "gpus", "address")
@@ -125,7 +127,21 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``engine.load``."""
     names = ("model", "device", "dtype", "backend", "config", "vae")
-    return {name: getattr(arguments, name) for name in names} | {"loras": [_lora(text) for text in arguments.loras]}
+    loading = {name: getattr(arguments, name) for name in names} | {"loras": [_lora(text) for text in arguments.loras]}
+    return loading | {"embeddings": _embeddings(arguments.embeddings)}
+
+
+def _embeddings(given: Sequence[str]) -> dict[str, str]:
+    """Files by names, each from ``NAME=FILE``."""
+    found = dict[str, str]()
+    for text in given:
+        name, sign, path = text.partition("=")
+        if not (name and sign and path):
+            raise ValueError(f"embedding must be NAME=FILE, got {text!r}")
+        if name in found:
+            raise ValueError(f"embedding must have a name of its own, got {name!r} twice")
+        found[name] = path
+    return found
 
 
 def _lora(text: str) -> LoRA:
@@ -149,6 +165,8 @@ def _convert(arguments: argparse.Namespace) -> int:
     dtype = getattr(torch, check_choice("file-dtype", arguments.file_dtype, ("float16", "bfloat16", "float32")))
     if arguments.out.suffix != ".safetensors" or not arguments.out.parent.is_dir():
         raise ValueError(f"out must be a .safetensors file in an existing folder, got {str(arguments.out)!r}")
+    if arguments.embeddings:
+        raise ValueError(f"embedding belongs to prompts, which no file of weights has, got {arguments.embeddings}")
     sd = load(**loading_arguments(arguments))
     save_single_file(arguments.out, sd.unet, sd.vae, sd.text_encoder.model, sd.schedule, dtype)
     print(f"{arguments.out}  {arguments.out.stat().st_size} bytes")

@@ -17,8 +17,8 @@ from .errors import OutOfMemoryError
 from .methods.concept_cache import ConceptCache, Texts
 from .methods.lora import LoRA, apply_loras
 from .models.config import ScheduleConfig
+from .models.tiny_vae import VAE
 from .models.unet import UNet2DConditionModel
-from .models.vae import AutoencoderKL
 from .observe.masks import MaskRecorder
 from .observe.progress import StageClock, Steps
 from .observe.word_maps import Recorder
@@ -28,13 +28,14 @@ from .sampling.arguments import Options
 from .sampling.join import Size, exactly
 from .sampling.loop import Denoising, Stepper, denoise, start_denoising
 from .sampling.out_of_memory import check_memory, out_of_memory, with_retry
-from .sampling.pictures import foundation_pictures, to_pictures
+from .sampling.pictures import finished_pictures, foundation_pictures
 from .sampling.plan import make_plans
 from .sampling.request import ModelLimits, Request, make_request
 from .sampling.start import start
 from .sampling.timetable import Timetables
 from .sampling.vae_runner import VAERunner
 from .text.encoder import TextEncoder
+from .upscale import drawer_of
 
 MAX_PIXELS = 4096 * 4096
 
@@ -57,7 +58,7 @@ class Engine:
         self,
         name: str,
         unet: UNet2DConditionModel,
-        vae: AutoencoderKL,
+        vae: VAE,
         text_encoder: TextEncoder,
         schedule: ScheduleConfig,
         backend: Ops,
@@ -73,8 +74,9 @@ class Engine:
         self.limits = ModelLimits(
             factor=vae.config.factor,
             sample_size=unet.config.sample_size,
-            latent_channels=unet.config.in_channels,
+            latent_channels=vae.config.latent_channels,
             num_train_timesteps=schedule.num_train_timesteps,
+            takes_masks=unet.config.in_channels != vae.config.latent_channels,
             max_pixels=max_pixels,
             check_memory=partial(check_memory, unet, vae),
         )
@@ -94,8 +96,8 @@ class Engine:
             OutOfMemoryError: the memory does not hold so many rows of this size; the message says what would fit.
         """
         asked = make_options(Options, "generate", options)
-        if asked.scheduler is not None:
-            return asked.scheduler.draw(self, prompt, options)
+        if (drawer := drawer_of(asked)) is not None:
+            return drawer.draw(self, prompt, options)
         request = make_request(self.limits, prompt, asked)
         clock = StageClock(self.device)
         denoising = self.begin(request, clock)
@@ -109,18 +111,20 @@ class Engine:
         asked = request.options
         timetable = self.timetables(asked.sampler, asked.steps, asked.eta, request.begin, asked.schedule)
         with clock("text"):
-            plans = make_plans(request, len(timetable), Texts(self.text_encoder), self.concepts, self.device)
+            texts = Texts(self.text_encoder, asked.long_prompts, asked.clip_skip)
+            plans = make_plans(request, len(timetable), texts, self.concepts, self.device)
         with clock("encode"):
-            x, noise = start(request, timetable.table, self._vae, self.device)
-        return start_denoising(plans, timetable, x, noise, *self._recorders(request))
+            x, noise, inpainting = start(request, timetable.table, self._vae, self.device)
+        shows_clean = asked.callback_latents == "clean"
+        return start_denoising(plans, timetable, x, noise, *self._recorders(request), inpainting, shows_clean)
 
     def finish(self, request: Request, denoising: Denoising, clock: StageClock, cancelled: bool = False) -> Result:
         """The stages of ``generate`` after the loop."""
         denoising.check_finite()
         recorder, mask_recorder = denoising.recorder, denoising.mask_recorder
         with clock("decode"):
-            images = [] if cancelled else to_pictures(self._vae, request.options, denoising.pictures)
-            foundation_images = [] if cancelled else foundation_pictures(self._vae, request.options, denoising)
+            images = [] if cancelled else finished_pictures(self._vae, request, denoising)
+            foundation_images = [] if cancelled else foundation_pictures(self._vae, request, denoising)
         return Result(
             images=images,
             foundation_images=foundation_images,
@@ -128,7 +132,7 @@ class Engine:
             attention=None if recorder is None else recorder.result(),
             masks=None if mask_recorder is None else mask_recorder.result(len(request.seeds)),
             seeds=list(request.seeds),
-            settings=request.settings() | self._about(),
+            settings=request.settings() | self._about(request),
             timings=clock.seconds(),
             cancelled=cancelled,
         )
@@ -149,16 +153,16 @@ class Engine:
         the same kind and length, guidance scales and steps may then differ. On a CPU weights are packed.
         """
         start, before = time.perf_counter(), 0 if self.graphs is None else len(self.graphs.captured)
-        options: dict[str, Any] = {"progress": False} | arguments
-        self.generate(prompt, **options)
+        self.generate(prompt, **({"progress": False} | arguments))
         captured = () if self.graphs is None else tuple(self.graphs.captured[before:])
         memory = torch.cuda.memory_reserved(self.device) if self.device.type == "cuda" else None
         return Warmup(captured, time.perf_counter() - start, memory)
 
-    def encode_prompt(self, prompts: str | Sequence[str], weighting: str = "a1111") -> Tensor:
-        """Encode prompts to (B, 77, E), with their token weights applied by the rule that ``generate`` takes."""
-        given = [prompts] if isinstance(prompts, str) else prompts
-        return self.text_encoder.encode([self.text_encoder.tokenize(prompt) for prompt in given], weighting)
+    def encode_prompt(
+        self, prompts: str | Sequence[str], weighting: str = "a1111", clip_skip: int = 0, long_prompts: str = "chunk"
+    ) -> Tensor:
+        """Encode prompts to (B, n * 77, E) for n chunks of the longest, as ``generate`` does with these arguments."""
+        return self.text_encoder(prompts, weighting, clip_skip, long_prompts)
 
     def with_loras(self, loras: Sequence[LoRA]) -> Engine:
         """Another Engine with LoRAs in its weights, on top of this one's; see ``methods.lora.apply_loras``."""
@@ -172,11 +176,12 @@ class Engine:
         """Tells base models apart; see ``methods.fingerprint``."""
         return self.concepts.fingerprint
 
-    def _about(self) -> dict[str, Any]:
+    def _about(self, request: Request) -> dict[str, Any]:
         """What of the model a result's settings name."""
         return {
             "model": self.name,
             "loras": [lora.settings() for lora in self.loras],
+            "embeddings": self.text_encoder.embeddings_in(*request.prompts, *request.negative_prompts),
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": self.backend.name,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import threading
 from collections.abc import Mapping, Sequence
 from pathlib import Path
@@ -16,10 +17,11 @@ from .checks import check_choice, check_integer
 from .engine import MAX_PIXELS, Engine
 from .errors import CheckpointError
 from .kernels.jit import load_kernels
+from .methods.foreign import read_embeddings
 from .methods.lora import Changes, LoRA, read_changes
 from .models.layers import pack_convolutions
+from .models.tiny_vae import make_vae
 from .models.unet import UNet2DConditionModel
-from .models.vae import AutoencoderKL
 from .result import Result
 from .text.encoder import TextEncoder
 from .warn import warn
@@ -42,6 +44,7 @@ def load(
     vae: str | Path | None = None,
     max_pixels: int = MAX_PIXELS,
     loras: Sequence[LoRA] = (),
+    embeddings: Mapping[str, str | Path] | None = None,
 ) -> Engine:
     """Load a model.
 
@@ -56,9 +59,12 @@ def load(
             unless given, with backend "triton".
         config: for a single file, a diffusers folder whose configs and tokenizer to use; the file's own folder where it
             is one. Without any, sizes are read from the tensors' shapes and the rest is SD v1.5's.
-        vae: another VAE than the model's: a diffusers folder, or a ``.safetensors`` file in either layout.
+        vae: another VAE than the model's: a diffusers folder, or a ``.safetensors`` file in either layout; an
+            AutoencoderTiny (TAESD) too, as a diffusers folder or file.
         max_pixels: the largest height x width that ``generate`` takes.
         loras: merged in float32 into the weights as the files have them, then cast; ``Engine.with_loras`` adds later.
+        embeddings: textual inversions by the names that prompts and negative prompts write, in any case, for their
+            vectors: ``{"<toy>": "toy.safetensors"}``, in diffusers' layout or A1111's.
 
     Raises:
         CheckpointError: files are missing, damaged or do not match their config.
@@ -76,10 +82,11 @@ def load(
     _check_fit(checkpoint)
     with torch.device("meta"):
         unet = UNet2DConditionModel(checkpoint.unet_config, ops)
-        autoencoder = AutoencoderKL(checkpoint.vae_config, ops)
+        autoencoder = make_vae(checkpoint.vae_config, ops)
         text = _text_model(checkpoint)
     of_unet, of_text = read_changes(loras, checkpoint.unet_config, unet, text)
-    text_encoder = _load_text_encoder(checkpoint, text, where, kind, of_text)
+    words = read_embeddings(embeddings or {}, text.config.hidden_size)
+    text_encoder = _load_text_encoder(checkpoint, text, where, kind, of_text, words)
     load_module(unet, checkpoint.unet, where, kind, of_unet)
     load_module(autoencoder, checkpoint.vae, where, kind)
     if ops.name == "native":
@@ -109,18 +116,26 @@ def _open(
 
 
 def model_digest(loading: Mapping[str, Any]) -> str:
-    """What of ``load``'s arguments decides pictures, beyond rounding: content of model and LoRAs, and dtype."""
-    dtype = _dtype(loading.get("dtype"), _device(loading.get("device")))
+    """What of ``load``'s arguments decides pictures, beyond rounding: content of model and all it loads, and dtype."""
+    dtype, words = _dtype(loading.get("dtype"), _device(loading.get("device"))), loading.get("embeddings") or {}
     return "-".join(
-        [checkpoint_of(loading).digest(), str(dtype), *(lora.digest() for lora in loading.get("loras", ()))]
+        [
+            checkpoint_of(loading).digest(),
+            str(dtype),
+            *(lora.digest() for lora in loading.get("loras", ())),
+            *(f"{name.lower()}:{hashlib.sha256(Path(path).read_bytes()).hexdigest()}" for name, path in words.items()),
+        ]
     )
 
 
 def _check_fit(checkpoint: Checkpoint) -> None:
-    """Refuse components that do not belong together, such as an inpainting UNet with its nine input channels."""
+    """Refuse components that do not belong together."""
     unet, vae = checkpoint.unet_config, checkpoint.vae_config
+    inpainting = 2 * vae.latent_channels + 1  # latents, mask and the masked picture's latents
+    if unet.in_channels not in (vae.latent_channels, inpainting):
+        rule = f"the UNet's in_channels must be {vae.latent_channels}, or {inpainting} of an inpainting model"
+        raise CheckpointError(f"{checkpoint.name}: {rule}, to fit the rest, got {unet.in_channels}")
     for name, found, expected in (
-        ("the UNet's in_channels", unet.in_channels, vae.latent_channels),
         ("the UNet's out_channels", unet.out_channels, vae.latent_channels),
         ("the VAE's in_channels", vae.in_channels, 3),
         ("the VAE's out_channels", vae.out_channels, 3),
@@ -137,7 +152,12 @@ def _text_model(checkpoint: Checkpoint) -> Any:
 
 
 def _load_text_encoder(
-    checkpoint: Checkpoint, model: Any, device: torch.device, dtype: torch.dtype, change: Changes
+    checkpoint: Checkpoint,
+    model: Any,
+    device: torch.device,
+    dtype: torch.dtype,
+    change: Changes,
+    embeddings: Mapping[str, torch.Tensor],
 ) -> TextEncoder:
     from transformers import CLIPTokenizer
 
@@ -147,7 +167,7 @@ def _load_text_encoder(
         if "position_ids" in module._buffers:  # not a weight, so still on meta
             module.position_ids = torch.arange(length, device=device)[None]
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint.tokenizer, local_files_only=True)
-    return TextEncoder(tokenizer, model)
+    return TextEncoder(tokenizer, model, embeddings)
 
 
 def _device(device: str | torch.device | None) -> torch.device:

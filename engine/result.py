@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -14,6 +15,7 @@ from torch import Tensor
 
 from .observe.masks import BranchMasks
 from .observe.word_maps import AttentionMaps
+from .text.encoder import find_words
 from .version import __version__
 
 A1111_SAMPLERS = {
@@ -94,8 +96,15 @@ class Result:
         }
         if settings["loras"]:
             values["LoRA"] = ", ".join(f"{lora['name']}:{lora['weight']:g}" for lora in settings["loras"])
+        if settings["clip_skip"]:
+            values["Clip skip"] = settings["clip_skip"] + 1
         if settings["strength"] is not None:
             values["Denoising strength"] = f"{settings['strength']:g}"
+        if settings["mask_blur"]:
+            values["Mask blur"] = f"{settings['mask_blur']:g}"
+        if settings["mask_padding"] is not None:
+            values |= {"Inpaint area": "Only masked", "Masked area padding": settings["mask_padding"]}
+        values |= _second_pass(settings) | _variation(settings)
         if settings["eta"]:
             values["Eta DDIM"] = f"{settings['eta']:g}"
         if settings["customization"] is not None:
@@ -115,11 +124,15 @@ class Result:
         values["Version"] = f"twinstream {__version__}"
         return "\n".join([*lines, ", ".join(f"{name}: {_quoted(value)}" for name, value in values.items())])
 
-    def save(self, folder: str | Path) -> list[Path]:
+    def save(self, folder: str | Path, stems: Sequence[str] | None = None) -> list[Path]:
         """Write the pictures as ``<number>-<seed>.png`` with their settings inside; nothing is overwritten.
 
         A foundation's picture goes beside its image as ``<number>-<seed>-foundation.png``. Numbers go on from the
         highest in the folder, which is created if need be. Returns the images' paths.
+
+        Args:
+            folder: where to.
+            stems: other names, one per image, without ``.png``.
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
@@ -129,7 +142,7 @@ class Result:
             raise ValueError("latents cannot be saved as pictures; generate with output='pil'")
         paths = []
         for i, image in enumerate(self.images):
-            stem = f"{first + i:05d}-{self.seeds[i]}"
+            stem = f"{first + i:05d}-{self.seeds[i]}" if stems is None else stems[i]
             paths.append(_write(folder / f"{stem}.png", image, self.png_info(i)))
             foundation = self.foundation_images[i] if self.foundation_images else None
             if foundation is not None:
@@ -138,9 +151,34 @@ class Result:
         return paths
 
     def _image_settings(self, i: int) -> dict[str, Any]:
-        per_image = {name: f"{name}s" for name in ("prompt", "negative_prompt", "seed", "customization")}
+        names = ("prompt", "negative_prompt", "seed", "variation_seed", "customization")
+        per_image = {name: f"{name}s" for name in names}
         shared = {name: value for name, value in self.settings.items() if name not in per_image.values()}
-        return {name: self.settings[many][i] for name, many in per_image.items()} | shared
+        own = {name: self.settings[many][i] for name, many in per_image.items()}
+        words = find_words(f"{own['prompt']}\n{own['negative_prompt']}", dict.fromkeys(self.settings["embeddings"]))
+        return own | shared | {"embeddings": sorted({word.group().lower() for word in words})}
+
+
+def _second_pass(settings: dict[str, Any]) -> dict[str, Any]:
+    """How A1111 tells an upscaled picture's second pass, whose steps it counts as those taken."""
+    if settings["upscale"] == 1:
+        return {}
+    strength = settings["upscale_strength"]
+    steps = int((settings["upscale_steps"] or settings["steps"]) * strength)
+    own = "Denoising strength" if settings["strength"] is None else "Hires denoising strength"
+    return {
+        own: f"{strength:g}",
+        "Hires upscale": f"{settings['upscale']:g}",
+        "Hires steps": steps,
+        "Hires upscaler": "Lanczos",
+    }
+
+
+def _variation(settings: dict[str, Any]) -> dict[str, Any]:
+    if not settings["variation_strength"]:
+        return {}
+    strength = f"{settings['variation_strength']:g}"
+    return {"Variation seed": settings["variation_seed"], "Variation seed strength": strength}
 
 
 def _quoted(value: Any) -> str:

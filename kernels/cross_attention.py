@@ -2,7 +2,8 @@
 
 Customisation acts on single tokens (Infusion, arXiv:2404.14007, eq. 6), so of the N x S map only the columns of a few
 tokens are ever needed, and the map itself never leaves the chip. The text's S keys fit into one tile: the softmax
-needs no running maximum. Head dims are walked in chunks that divide them, so 40, 80 and 160 pad to 48, 80 and 160.
+needs no running maximum; with more than 256 keys, of long prompts, columns are further outputs of torch's attention.
+Head dims are walked in chunks that divide them, so 40, 80 and 160 pad to 48, 80 and 160.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false
@@ -20,6 +21,8 @@ from .jit import cdiv, jit, next_power_of_2
 
 if TYPE_CHECKING:
     import triton.language as tl
+
+MOST_KEYS = 256  # of a tile
 
 _BLOCK_N = 64
 _N_WARPS = 8  # with 4, head dims of 160 spill
@@ -143,6 +146,8 @@ def check_layout(n_heads: int, tokens: Tensor, **inputs: Tensor) -> None:
 def cross_attention_triton(q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
     """Launch the kernel on contiguous tensors."""
     check_layout(n_heads, tokens, q=q, k=k, v=v)
+    if k.shape[1] > MOST_KEYS:
+        return cross_attention_sdpa(q, k, v, tokens, n_heads)
     (B, N, C), S, T = q.shape, k.shape[1], tokens.shape[1]
     out, columns = torch.empty_like(q), q.new_empty(B, N, T * n_heads)
     if not out.numel():

@@ -11,7 +11,8 @@ For a concept row c and an auxiliary row a, per head, with ``A`` a row's attenti
 The printed form ("logits") has ``m`` as a sum of logits ``Q K^T / sqrt(D)`` over the chosen tokens instead.
 
 Two passes: the first reduces ``exp(tau_s m)`` over space, block by block; the second forms the maps again, which is
-cheaper than keeping masks and both outputs, and mixes. Neither map nor mask leaves the chip.
+cheaper than keeping masks and both outputs, and mixes. Neither map nor mask leaves the chip. With more than 256 keys,
+of long prompts, a row of the map would not fit into a tile, and the reference serves.
 """
 
 # pyright: reportArgumentType=false, reportCallIssue=false, reportOperatorIssue=false
@@ -24,7 +25,7 @@ from typing import TYPE_CHECKING
 import torch
 from torch import Tensor
 
-from .cross_attention import check_layout, map_tile, tile
+from .cross_attention import MOST_KEYS, check_layout, map_tile, tile
 from .jit import cdiv, jit, next_power_of_2
 
 if TYPE_CHECKING:
@@ -223,6 +224,8 @@ def dbim_triton(
         raise ValueError(f"chosen must be contiguous bool, got {chosen.dtype}, strides {chosen.stride()}")
     if gates.dtype != torch.float32 or gates.shape != (B // 2, 4) or not gates.is_contiguous():
         raise ValueError(f"gates must be contiguous float32 ({B // 2}, 4), got {gates.dtype} {tuple(gates.shape)}")
+    if S > MOST_KEYS:
+        return dbim_ref(q, k, v, chosen, lengths, gates, n_heads, logits)
     out = torch.empty_like(q)
     if not out.numel():
         return out

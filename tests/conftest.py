@@ -35,5 +35,18 @@ def agrees(record_property: Callable[[str, object], None]) -> Callable[[str, str
 
 
 @pytest.fixture(scope="session")
+def inpainting_folder(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """An inpainting model, of nine channels."""
+    folder = tmp_path_factory.mktemp("inpainting")
+    save_pipeline("narrow", folder, seed=5, in_channels=9)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def inpainting(inpainting_folder: Path) -> engine.Engine:
+    return engine.load(inpainting_folder)
+
+
+@pytest.fixture(scope="session")
 def small(small_folder: Path) -> engine.Engine:
     return engine.load(small_folder)

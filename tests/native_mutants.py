@@ -34,7 +34,7 @@ _SWAPS = (  # what stands between spaces is an operator; so are the others only 
     (r"\b1\.0f", "2.0f"),
     (r", (\w+), (\w+)\)", r", \2, \1)"),
 )
-_TESTS = ("tests/backends/test_winograd.py", "tests/backends/test_native.py")
+_TESTS = ("tests/backends/test_winograd.py", "tests/backends/test_small_blocks.py", "tests/backends/test_native.py")
 _SECONDS = 120.0
 
 

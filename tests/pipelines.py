@@ -98,9 +98,10 @@ SD_V1_5_UNET: dict[str, Any] = {
 }
 
 
-def make_unet(shape: str, text_width: int = 32, seed: int = 0) -> diffusers.UNet2DConditionModel:
+def make_unet(shape: str, text_width: int = 32, seed: int = 0, in_channels: int = 4) -> diffusers.UNet2DConditionModel:
     torch.manual_seed(seed)
-    return diffusers.UNet2DConditionModel(sample_size=8, cross_attention_dim=text_width, **SHAPES[shape]["unet"]).eval()
+    sizes: dict[str, Any] = {"in_channels": in_channels, "cross_attention_dim": text_width, **SHAPES[shape]["unet"]}
+    return diffusers.UNet2DConditionModel(sample_size=8, **sizes).eval()
 
 
 def make_vae(shape: str, seed: int = 0) -> diffusers.AutoencoderKL:
@@ -112,8 +113,8 @@ def make_vae(shape: str, seed: int = 0) -> diffusers.AutoencoderKL:
     ).eval()
 
 
-def make_pipeline(shape: str, seed: int = 0) -> diffusers.StableDiffusionPipeline:
-    """A whole pipeline with random weights and the embedded model's tokenizer."""
+def make_pipeline(shape: str, seed: int = 0, in_channels: int = 4) -> diffusers.StableDiffusionPipeline:
+    """A whole pipeline with random weights and the embedded model's tokenizer; inpainting models have nine channels."""
     tokenizer = CLIPTokenizer.from_pretrained(EMBEDDED_MODEL / "tokenizer")
     torch.manual_seed(seed)
     text = CLIPTextModel(
@@ -131,7 +132,7 @@ def make_pipeline(shape: str, seed: int = 0) -> diffusers.StableDiffusionPipelin
         vae=make_vae(shape, seed + 1),
         text_encoder=text,
         tokenizer=tokenizer,
-        unet=make_unet(shape, seed=seed + 2),
+        unet=make_unet(shape, seed=seed + 2, in_channels=in_channels),
         scheduler=diffusers.DDIMScheduler.from_config(SD_V1_5_SCHEDULER),
         safety_checker=None,
         feature_extractor=None,
@@ -139,9 +140,11 @@ def make_pipeline(shape: str, seed: int = 0) -> diffusers.StableDiffusionPipelin
     )
 
 
-def save_pipeline(shape: str, folder: Path, seed: int = 0, **options: Any) -> diffusers.StableDiffusionPipeline:
+def save_pipeline(
+    shape: str, folder: Path, seed: int = 0, in_channels: int = 4, **options: Any
+) -> diffusers.StableDiffusionPipeline:
     """Make a pipeline, save it in ``folder``, with SD v1.5's own scheduler file, and return it."""
-    pipeline = make_pipeline(shape, seed)
+    pipeline = make_pipeline(shape, seed, in_channels)
     pipeline.set_progress_bar_config(disable=True)
     pipeline.save_pretrained(folder, **options)
     (folder / "scheduler" / "scheduler_config.json").write_text(_SD_V1_5_SCHEDULER_TEXT)

@@ -3,7 +3,9 @@
 from pathlib import Path
 
 import pytest
+import torch
 from PIL import Image
+from safetensors.torch import save_file
 
 from engine.backends.native import levels
 from engine.cli import main
@@ -27,6 +29,22 @@ def test_image_to_image(small_folder: Path, tmp_path: Path) -> None:
     assert len(list((tmp_path / "out").iterdir())) == 1
 
 
+def test_inpainting(small_folder: Path, tmp_path: Path) -> None:
+    Image.new("RGB", (20, 16), "red").save(tmp_path / "start.png")
+    mask = Image.new("L", (20, 16))
+    mask.paste(255, (8, 4, 14, 12))
+    mask.save(tmp_path / "mask.png")
+    options = ["--image", str(tmp_path / "start.png"), "--mask", str(tmp_path / "mask.png"), "--mask-padding", "2"]
+    options += ["--mask-blur", "0.5", "--strength", "1", "--steps", "4", "--quiet", "--out", str(tmp_path / "out")]
+    assert main(["generate", "a cat", "--model", str(small_folder), *options]) == 0
+    (path,) = (tmp_path / "out").iterdir()
+    drawn = Image.open(path)
+    assert drawn.size == (20, 16)
+    assert drawn.getpixel((0, 0)) == (255, 0, 0)
+    assert drawn.getpixel((10, 8)) != (255, 0, 0)
+    assert "Mask blur: 0.5, Inpaint area: Only masked, Masked area padding: 2" in drawn.info["parameters"]
+
+
 def test_errors_are_one_line(small_folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert main(["generate", "a cat", "--model", str(small_folder), "--steps", "0"]) == 1
     assert capsys.readouterr().err == "twinstream: steps must be an integer >= 1, got 0\n"
@@ -37,6 +55,32 @@ def test_errors_are_one_line(small_folder: Path, capsys: pytest.CaptureFixture[s
     with pytest.raises(SystemExit):
         main(["generate", "a cat", "--seed", "-1"])
     assert "seed must be integers >= 0" in capsys.readouterr().err
+
+
+def test_embeddings(small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    save_file({"emb_params": torch.randn(2, 32)}, tmp_path / "toy.safetensors")
+    command = ["generate", "a <toy>", "--model", str(small_folder), "--steps", "1", "--quiet", "--out", str(tmp_path)]
+    assert main([*command, "--seed", "1", "--embedding", f"<toy>={tmp_path / 'toy.safetensors'}"]) == 0
+    assert '"embeddings": ["<toy>"]' in Image.open(tmp_path / "00000-1.png").text["twinstream"]
+    for given, message in (
+        (["<toy>"], "embedding must be NAME=FILE, got '<toy>'"),
+        (["=a.safetensors"], "embedding must be NAME=FILE, got '=a.safetensors'"),
+        (["a=b", "a=c"], "embedding must have a name of its own, got 'a' twice"),
+        (["a=none.safetensors"], "none.safetensors: no such file"),
+    ):
+        assert main([*command, *(word for one in given for word in ("--embedding", one))]) == 1
+        assert message in capsys.readouterr().err
+    out = str(tmp_path / "merged.safetensors")
+    assert main(["convert", "--model", str(small_folder), "--embedding", "a=b", "--out", out]) == 1
+    assert "embedding belongs to prompts, which no file of weights has" in capsys.readouterr().err
+
+
+def test_long_prompts(small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    command = ["generate", "red " * 80, "--model", str(small_folder), "--steps", "1", "--quiet", "--out", str(tmp_path)]
+    assert main([*command, "--seed", "1", "--clip-skip", "1"]) == 0
+    assert '"long_prompts": "chunk", "clip_skip": 1' in Image.open(tmp_path / "00000-1.png").text["twinstream"]
+    assert main([*command, "--long-prompts", "error"]) == 1
+    assert "prompts must fit into one chunk of 75 tokens" in capsys.readouterr().err
 
 
 def test_seeds(small_folder: Path, tmp_path: Path) -> None:

@@ -36,6 +36,7 @@ def desk(small: engine.Engine, small_folder: Path, tmp_path: Path, monkeypatch: 
     Path("path/to").mkdir(parents=True)
     Path("path/to/stable-diffusion-v1-5").symlink_to(small_folder)
     write_kohya(small, Path("path/to/lace.safetensors"))
+    Image.new("L", (16, 16), 255).save("path/to/mask.png")
     random_controlnet(small, Path("path/to/control_v11p_sd15_canny"), small_folder)
     hint().save("path/to/edges.png")
     for name in ("my-cat", "my-toy"):

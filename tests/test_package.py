@@ -68,12 +68,15 @@ _ORDER = (
     ("methods",),
     ("sampling",),
     ("result",),
+    ("saved_settings", "upscale"),
     ("engine",),
     ("loading",),
+    ("compat",),
     ("train",),
     ("serve",),
     ("evaluate",),
-    ("cli_runs",),
+    ("wildcards",),
+    ("cli_runs", "cli_pictures", "completion"),
     ("cli",),
 )
 

@@ -23,6 +23,7 @@ from engine.models.conditioning import Batch, Following
 from engine.models.transformer import SelfAttention
 from engine.sampling.arguments import Options
 from engine.sampling.loop import Stepper, denoise, start_denoising
+from engine.sampling.pictures import to_pictures
 from engine.sampling.plan import GuidedBatch, make_plans
 from engine.sampling.request import make_request
 from engine.sampling.samplers import make_table
@@ -93,7 +94,7 @@ class Foundations:
         options = self.request.options
         self.table = make_table(options.sampler, sd.schedule, options.steps)
         (plan,) = make_plans(self.request, len(self.table), Texts(sd.text_encoder), sd.concepts, sd.device)
-        self.start, noise = start(self.request, self.table, sd._vae, sd.device)
+        self.start, noise, _ = start(self.request, self.table, sd._vae, sd.device)
         self.guidance_scale = plan.rows.guidance_scale
         self._rows = torch.cat([plan.rows.unconditional, plan.rows.conditional])
         places = torch.tensor([slot_positions(sd.text_encoder.tokenize(text), noun) for text in texts])
@@ -116,7 +117,7 @@ class Foundations:
         timetable = Timetable(self.table, sd.unet.time_shifts(self.table.timesteps))
         denoising = start_denoising([plan], timetable, self.start, noise)
         denoise(Stepper(sd.unet, run), denoising, lambda _i, _x: True)
-        self.images: list[Image.Image] = sd._pictures(self.request, denoising.x)
+        self.images: list[Image.Image] = to_pictures(sd._vae, self.request.options, denoising.x)
 
     @torch.no_grad()
     def draw(self, parts: Sequence[Part], how: Intervention, silhouettes: Tensor) -> list[Image.Image]:
@@ -134,7 +135,7 @@ class Foundations:
             state = State(x, history, torch.full((n,), i), None)
             with _replaced(self.sd, self.maps[i] if share < how.self_maps else {}):
                 x, history, _ = guided_step(self.sd.unet, replace(self._phase, rows=rows), state)
-        return self.sd._pictures(self.request, x)
+        return to_pictures(self.sd._vae, self.request.options, x)
 
     def _foundation(
         self, i: int, slots: Sequence[str], power: float, silhouettes: Tensor | None

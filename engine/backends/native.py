@@ -1,4 +1,8 @@
-"""Native CPU kernels (``csrc/``) for float32 and bfloat16, one library per instruction set."""
+"""Native CPU kernels (``csrc/``) for float32 and bfloat16, one library per instruction set.
+
+Those that look into a map hold a row of it at once, of 384 keys with AVX-512, 192 with AVX2, 96 without; texts of more
+chunks than that have their columns from torch's attention, and DCI's mix from the eager reference.
+"""
 
 from __future__ import annotations
 
@@ -10,14 +14,17 @@ from pathlib import Path
 import torch
 from torch import Tensor
 
+from ..kernels.cross_attention import cross_attention_sdpa
+from ..kernels.dbim import dbim_ref
 from .ops import Ops
 from .packed_weights import PackedConvolution, PackedLinear
+from .small_blocks import SmallBlocks
 
-LEVELS = ("baseline", "avx2", "avx512")
+LEVELS = ("baseline", "avx2", "avx512", "amx")
 DTYPES = (torch.float32, torch.bfloat16)
 
 _FOLDER = Path(__file__).parent
-_ABI = 3
+_ABI = 5
 _MAX_HEAD_DIM = 512
 _GATED_ROWS = 1024
 _SIGNATURES: dict[str, tuple[type, ...]] = {  # the first argument says whether tensors are bfloat16
@@ -65,6 +72,7 @@ def native_ops(level: str | None = None) -> Ops:
         layer_norm_linear=kernels.layer_norm_linear,
         layer_norm_geglu=kernels.layer_norm_geglu,
         linear_add=kernels.linear_add,
+        small=kernels.small,
     )
 
 
@@ -108,15 +116,17 @@ class Kernels:
 
     def __init__(self, library: ctypes.CDLL) -> None:
         self.library = library
-        self.max_keys = library.twinstream_attention_block()  # where the map's rows are used
+        self.max_keys = library.twinstream_attention_block()  # of a map's row
         self.linear, self.convolution = PackedLinear(), PackedConvolution()
+        self.small = SmallBlocks(library, _check)
         self.no_tokens = torch.empty(0, 0, dtype=torch.int64)
 
     def attention(self, q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
         return self._attend(q, k, v, self.no_tokens, n_heads)[0]
 
     def cross_attention(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
-        self._check_keys(k)
+        if k.shape[1] > self.max_keys:
+            return cross_attention_sdpa(q, k, v, tokens, n_heads)
         return self._attend(q, k, v, _typed(tokens, torch.int64), n_heads)
 
     def _attend(self, q: Tensor, k: Tensor, v: Tensor, tokens: Tensor, n_heads: int) -> tuple[Tensor, Tensor]:
@@ -139,8 +149,9 @@ class Kernels:
         n_heads: int,
         logits: bool,
     ) -> Tensor:
+        if k.shape[1] > self.max_keys:
+            return dbim_ref(q, k, v, chosen, lengths, gates, n_heads, logits)
         is_bfloat16, rows = _check_rows(q, k, v)
-        self._check_keys(k)
         sizes, scratch = self._prepare(q, k, n_heads, rows, is_bfloat16)
         out, masks = q.new_empty(q.shape), q.new_empty(q.shape[0], n_heads, q.shape[1], dtype=torch.float32)
         small = (_typed(chosen, torch.bool), _typed(lengths, torch.int64), _typed(gates, torch.float32))
@@ -264,11 +275,6 @@ class Kernels:
         sizes = _AttentionSizes(B, N, S, n_heads, C // n_heads, *rows)
         n_bytes = self.library.twinstream_attention_scratch(is_bfloat16, ctypes.addressof(sizes))
         return sizes, torch.empty(n_bytes, dtype=torch.uint8)
-
-    def _check_keys(self, k: Tensor) -> None:
-        if k.shape[1] > self.max_keys:
-            rule = f"keys must be at most {self.max_keys} where native attention's map is used"
-            raise ValueError(f"{rule}, got {k.shape[1]}")
 
 
 @cache

@@ -19,11 +19,15 @@ from ..kernels.layer_norm_linear import layer_norm_linear, layer_norm_linear_ref
 from ..kernels.linear_add import linear_add, linear_add_ref
 from ..kernels.residual_add import residual_add, residual_add_ref
 from ..kernels.residual_apply import residual_apply, residual_apply_ref
+from .small_blocks import SmallBlocks
 
 
 @dataclass(frozen=True, slots=True)
 class Ops:
-    """Functions with the signatures of the eager references in ``kernels/``; ``residual_add`` may use up its ``x``."""
+    """Functions with the signatures of the eager references in ``kernels/``; ``residual_add`` may use up its ``x``.
+
+    ``small`` runs whole blocks of small models, where a backend has something for it; else they are run op by op.
+    """
 
     name: str
     attention: Callable[[Tensor, Tensor, Tensor, int], Tensor]
@@ -37,6 +41,7 @@ class Ops:
     layer_norm_linear: Callable[[Tensor, Tensor, Tensor, float, Tensor], Tensor]
     layer_norm_geglu: Callable[[Tensor, Tensor, Tensor, float, Tensor, Tensor], Tensor]
     linear_add: Callable[..., Tensor]
+    small: SmallBlocks | None = None
 
 
 TORCH = Ops(
@@ -75,7 +80,7 @@ def serving(ops: Ops, device: torch.device) -> dict[str, str]:
     """What runs each op on a device, in words."""
     found = {}
     for op in fields(ops):
-        if op.name == "name":
+        if op.name in ("name", "small"):
             continue
         function = getattr(ops, op.name)
         name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
@@ -87,4 +92,6 @@ def serving(ops: Ops, device: torch.device) -> dict[str, str]:
         else:
             what = name
         found[op.name] = f"{ops.name}: {what}"
+    if ops.small is not None:
+        found["small blocks"] = f"{ops.name}: {ops.small.limits}, in one call each"
     return found

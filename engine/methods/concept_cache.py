@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 from weakref import WeakKeyDictionary
@@ -23,10 +24,11 @@ from .infusion import project
 
 @dataclass(frozen=True, slots=True)
 class Text:
-    """A prompt, and the concepts whose tokens it may hold and whose keys and values it gets."""
+    """A prompt, the concepts whose tokens it may hold and whose keys and values it gets, and its least chunks."""
 
     prompt: WeightedPrompt
     concepts: tuple[Concept, ...] = ()
+    chunks: int = 1
 
 
 @dataclass(frozen=True, slots=True)
@@ -110,10 +112,16 @@ class ConceptCache:
 
 
 class Texts:
-    """The texts of one request: each is parsed, tokenized and encoded once, whoever asks for it."""
+    """The texts of one request: each is parsed, tokenized and encoded once, whoever asks for it.
 
-    def __init__(self, encoder: TextEncoder) -> None:
-        self.encoder = encoder
+    Args:
+        encoder: of the model.
+        long_prompts: see ``TextEncoder.tokenize``.
+        clip_skip: see ``TextEncoder.encode``.
+    """
+
+    def __init__(self, encoder: TextEncoder, long_prompts: str = "chunk", clip_skip: int = 0) -> None:
+        self.encoder, self.long_prompts, self.clip_skip = encoder, long_prompts, encoder.check_clip_skip(clip_skip)
         self._parsed: dict[str, WeightedPrompt] = {}
         self._tokens: dict[Text, Tokens] = {}
 
@@ -124,16 +132,29 @@ class Texts:
 
     def tokens(self, text: Text) -> Tokens:
         if text not in self._tokens:
-            self._tokens[text] = self.encoder.tokenize(text.prompt, placeholders(text.concepts, self.encoder.width))
+            if text.chunks > 1:
+                tokens = self.tokens(replace(text, chunks=1)).filled(text.chunks, self.encoder.empty)
+            else:
+                vectors = placeholders(text.concepts, self.encoder.width)
+                tokens = self.encoder.tokenize(text.prompt, vectors, self.long_prompts)
+            self._tokens[text] = tokens
         return self._tokens[text]
 
     def encode(self, texts: Sequence[Text], weighting: str) -> Tensor:
-        """(B, 77, E).
+        """(B, S, E), where texts of fewer tokens are repeated up to their least common multiple S; see ``keys.py``.
 
         Raises:
             NonFiniteError: the text encoder produced NaN or infinity.
         """
-        context = self.encoder.encode([self.tokens(text) for text in texts], weighting)
+        tokens = [self.tokens(text) for text in texts]
+        lengths = [len(one.ids) for one in tokens]
+        n_keys, parts, order = math.lcm(*lengths), list[Tensor](), list[int]()
+        for length in sorted(set(lengths)):
+            rows = [i for i, own in enumerate(lengths) if own == length]
+            context = self.encoder.encode([tokens[i] for i in rows], weighting, self.clip_skip)
+            parts.append(context if length == n_keys else context.repeat(1, n_keys // length, 1))
+            order += rows
+        context = parts[0] if len(parts) == 1 else torch.cat(parts)[[order.index(i) for i in range(len(order))]]
         finite = torch.isfinite(context).flatten(1).all(dim=1).tolist()
         if not all(finite):
             prompt = texts[finite.index(False)].prompt.text

@@ -212,7 +212,7 @@ class Branches:
 
     Attributes:
         texts: of the concept and the auxiliary branch.
-        chosen: per branch, positions of the tokens whose attention is its mask; the begin token is at 0.
+        chosen: per branch, positions of the tokens whose attention is its mask; see ``Tokens.positions``.
         lengths: per branch, how many tokens the prompt has.
     """
 
@@ -236,7 +236,7 @@ def make_branches(prompt: str, dci: DCI, texts: Texts) -> Branches:
     concept, auxiliary = texts.tokens(own), texts.tokens(other)
     noun = find_phrase(concept, dci.pattern, dci.phrase)
     stand_in = _stand_in(auxiliary, whole, dci)
-    others = [at for at in range(1, len(auxiliary.spans) + 1) if at not in stand_in]
+    others = [at for at in auxiliary.positions if at not in stand_in]
     return Branches((own, other), (noun, others), (len(concept.spans), len(auxiliary.spans)))
 
 

@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Mapping
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from safetensors import SafetensorError, safe_open
@@ -19,6 +20,10 @@ if TYPE_CHECKING:
 
 _MAX_BYTES = 256_000_000
 _A1111_NAME = "emb_params"
+_A1111_PICKLED = "string_to_param"  # the key above the tensor in its older files, and in what others made of them
+_XL = {"clip_g", "clip_l"}
+_WIDTHS = {768: "Stable Diffusion 1", 1024: "Stable Diffusion 2", 1280: "SDXL's larger encoder"}
+_MARKS = set("()[]:|\\")
 _TUNED = re.compile(r"^(?:unet\.)?(.+\.attn2)\.processor\.(to_[kv])_custom_diffusion\.weight$")
 
 
@@ -26,7 +31,7 @@ def import_textual_inversion(path: str | Path, noun: str = "", placeholder: str 
     """Read a textual-inversion embedding (Gal et al. 2022, arXiv:2208.01618) as a concept.
 
     Args:
-        path: a .safetensors file of diffusers (one tensor, named by its token) or of A1111 ("emb_params").
+        path: a .safetensors file; see ``read_vectors``.
         noun: class noun that prompts write behind the placeholder, if any.
         placeholder: what prompts will write; the token in the file, or the file's stem, where not given.
 
@@ -34,16 +39,70 @@ def import_textual_inversion(path: str | Path, noun: str = "", placeholder: str 
         ConceptFileError: the file is a pickle, or holds something else.
     """
     path = Path(path)
+    token, vectors = read_vectors(path)
+    if placeholder is None:
+        placeholder = token or path.stem
+    try:
+        return Concept(noun, tokens=vectors, placeholder=placeholder, name=path.stem)
+    except ValueError as error:
+        raise ConceptFileError(f"{path}: {error}") from error
+
+
+def read_vectors(path: Path) -> tuple[str, Tensor]:
+    """The token that an embedding's file names, "" where it names none, and its vectors (S, E), float32.
+
+    Args:
+        path: a .safetensors file of diffusers (one tensor, named by its token) or of A1111 ("emb_params", or
+            "string_to_param" as its pickles have, flattened).
+
+    Raises:
+        ConceptFileError: it is for SDXL, or is no embedding.
+    """
     tensors = _read(path)
+    if tensors.keys() >= _XL:
+        raise ConceptFileError(f"{path}: this embedding is for SDXL, whose two text encoders it has vectors for")
+    nested = {name: tensor for name, tensor in tensors.items() if name.split(".")[0] == _A1111_PICKLED}
+    tensors = nested or tensors
     if len(tensors) != 1:
         raise ConceptFileError(f"{path}: an embedding must be one tensor, found {sorted(tensors)[:5]}")
     ((token, vectors),) = tensors.items()
-    if placeholder is None:
-        placeholder = path.stem if token == _A1111_NAME else token
-    try:
-        return Concept(noun, tokens=torch.atleast_2d(vectors.float()), placeholder=placeholder, name=path.stem)
-    except ValueError as error:
-        raise ConceptFileError(f"{path}: {error}") from error
+    vectors = torch.atleast_2d(vectors)
+    if vectors.ndim != 2 or not vectors.is_floating_point() or not vectors.numel() or not vectors.isfinite().all():
+        found = f"{tuple(vectors.shape)} of {vectors.dtype}"
+        raise ConceptFileError(f"{path}: an embedding must be finite numbers (S, E), found {found}")
+    return "" if nested or token in (_A1111_NAME, "*") else token, vectors.float()
+
+
+def read_embeddings(embeddings: Mapping[str, str | Path], width: int) -> dict[str, Tensor]:
+    """The vectors (S, ``width``) that words of prompts stand for, by the words in lower case.
+
+    Args:
+        embeddings: files by what prompts write for them; see ``read_vectors``.
+        width: of the text encoder's tokens.
+
+    Raises:
+        ValueError: a name is not one that a prompt could hold, or is given twice.
+        ConceptFileError: a file is no embedding, or one for another text encoder.
+    """
+    if not isinstance(embeddings, Mapping):
+        raise ValueError(f"embeddings must map names to files, got {embeddings!r}")
+    found = dict[str, Tensor]()
+    for name, path in embeddings.items():
+        if _check_name(name).lower() in found:
+            raise ValueError(f"embeddings must have names that differ in more than case, got {name!r} twice")
+        _, vectors = read_vectors(Path(path))
+        if vectors.shape[1] != width:
+            known = _WIDTHS.get(vectors.shape[1], "another model")
+            rule = f"{path}: vectors must be {width} wide for this model's text encoder"
+            raise ConceptFileError(f"{rule}, found {vectors.shape[1]}, as of {known}")
+        found[name.lower()] = vectors
+    return found
+
+
+def _check_name(name: Any) -> str:
+    if not isinstance(name, str) or not name or any(map(str.isspace, name)) or _MARKS & set(name):
+        raise ValueError(f"names of embeddings must be texts without spaces and ()[]:|\\, got {name!r}")
+    return name
 
 
 def import_custom_diffusion(

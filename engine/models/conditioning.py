@@ -74,12 +74,15 @@ class Batch:
         following: how the other F rows follow these; None if there are none.
         mixing: how the last of the map-owning rows mix; None if none does.
         shared: which of the rows share latents, which then come once; None if each has its own.
+        images: per cross-attention layer, keys and values (K, B - F, S, C) of K image prompts of the map-owning rows,
+            the values times their scales; None if no row has any.
     """
 
     text: TextKV
     following: Following | None = None
     mixing: Mixing | None = None
     shared: Shared | None = None
+    images: TextKV | None = None
 
 
 @dataclass(frozen=True, slots=True)

@@ -40,8 +40,8 @@ _UNET_FIXED: dict[str, tuple[Any, ...]] = {
     "time_embedding_dim": (None,),
     "time_embedding_type": ("positional",),
     "timestep_post_act": (None,),
-    "upcast_attention": (False, None),
-    "use_linear_projection": (False,),
+    "upcast_attention": (False, None, True),  # of SD 2.1; SDPA forms its scores in float32 anyway
+    "use_linear_projection": (False, True),  # of SD 2: the same map, in files as a matrix
 }
 _VAE_FIXED: dict[str, tuple[Any, ...]] = {
     "act_fn": ("silu",),

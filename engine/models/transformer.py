@@ -30,6 +30,10 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """``x`` (B, N, C) plus the attention of ``norm(x)``."""
+        small = self.ops.small
+        if small is not None and small.fit(*x.shape[1:]):
+            to_out = self.to_out[0].weight, self.to_out[0].bias
+            return small.self_attention(x, (norm.weight, norm.bias), norm.eps, self.to_qkv.weight, to_out, self.n_heads)
         qkv = self.ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, self.to_qkv.weight)
         q, k, v = qkv.chunk(3, dim=-1)
         attended = self.ops.attention(q, k, v, self.n_heads)
@@ -62,14 +66,18 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, norm: nn.LayerNorm, condition: Conditioning) -> Tensor:
         """``x`` (B, N, C) plus the attention of ``norm(x)``."""
         keys, values = condition.batch.text[self.layer]
+        n_plain, small = self._n_plain(len(x), condition), self.ops.small
+        is_plain = n_plain == len(x) and condition.batch.images is None
+        if is_plain and small is not None and small.fit(*x.shape[1:]):
+            to_out, of_norm = (self.to_out[0].weight, self.to_out[0].bias), (norm.weight, norm.bias)
+            return small.cross_attention(x, keys, values, of_norm, norm.eps, self.to_q.weight, to_out, self.n_heads)
         queries = self._queries(x, norm)
-        n_plain = self._n_plain(len(x), condition)
         parts = []
         if n_plain:
             parts.append(self.ops.attention(queries[:n_plain], keys[:n_plain], values[:n_plain], self.n_heads))
         if n_plain < len(x):
             parts.append(self._mix(queries[n_plain:], keys[n_plain:], values[n_plain:], condition))
-        attended = parts[0] if len(parts) == 1 else torch.cat(parts)
+        attended = self._with_images(parts[0] if len(parts) == 1 else torch.cat(parts), queries, condition)
         return self.ops.linear_add(attended, self.to_out[0].weight, self.to_out[0].bias, x)
 
     def _queries(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
@@ -86,10 +94,20 @@ class CrossAttention(nn.Module):
         if n_plain < len(x):
             mixed = self._mix(queries[n_plain:], keys[n_plain:], values[n_plain:], condition)
             attended = torch.cat([attended[:n_plain], mixed])
-        out = self.to_out[0](attended)
+        out = self.to_out[0](self._with_images(attended, queries, condition))
         if condition.observe is not None:
             condition.observe(self.layer, out, columns)
         return out, columns
+
+    def _with_images(self, attended: Tensor, queries: Tensor, condition: Conditioning) -> Tensor:
+        """Attention to the text (O, N, C), plus that to image prompts (arXiv:2308.06721, section 3.2.2).
+
+        Where rows mix, each adds its own after the mix: masks say where words act, and both branches see one picture.
+        """
+        images = condition.batch.images
+        for keys, values in () if images is None else zip(*images[self.layer], strict=True):
+            attended = attended + self.ops.attention(queries, keys, values, self.n_heads)
+        return attended
 
     def _n_plain(self, n_rows: int, condition: Conditioning) -> int:
         """How many of the map-owning rows, the first ones, do not mix in this layer."""
@@ -137,6 +155,11 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """``x`` (B, N, C) plus the feed-forward of ``norm(x)``."""
+        small = self.ops.small
+        if small is not None and small.fit(*x.shape[1:]):
+            into, to_out = cast(GEGLU, self.net[0]).proj, self.net[2]
+            maps = (into.weight, into.bias), (to_out.weight, to_out.bias)
+            return small.feed_forward(x, (norm.weight, norm.bias), norm.eps, *maps)
         return self.ops.linear_add(self.hidden(x, norm), self.net[2].weight, self.net[2].bias, x)
 
 
@@ -212,11 +235,21 @@ class Transformer2DModel(nn.Module):
 
     def forward(self, x: Tensor, condition: Conditioning) -> Tensor:
         B, C, height, width = x.shape
-        tokens = self.proj_in(self.norm(x).permute(0, 2, 3, 1).reshape(B, height * width, C))
+        small = self.ops.small if self.ops.small is not None and self.ops.small.fit(height * width, C) else None
+        if small is None:
+            projected = self.proj_in(self.norm(x).permute(0, 2, 3, 1))
+        else:
+            norm, groups, eps = (self.norm.weight, self.norm.bias), self.norm.num_groups, self.norm.eps
+            picture = small.convolution(x, self.proj_in.weight, self.proj_in.bias, norm=norm, groups=groups, eps=eps)
+            projected = picture.permute(0, 2, 3, 1)
+        tokens = projected.reshape(B, height * width, C)
         *blocks, last = self._blocks
         for block in blocks:
             tokens = block(tokens, condition)
         tokens = last.attend(tokens, condition)
+        if small is not None:
+            picture = last.ff(tokens, last.norm3).unflatten(1, (height, width)).permute(0, 3, 1, 2)
+            return small.convolution(picture, self.proj_out.weight, self.proj_out.bias, residual=condition.to_rows(x))
         residual = condition.to_rows(x).permute(0, 2, 3, 1).reshape(tokens.shape)
         if self._composed is None:
             out = residual + self.proj_out(last.ff(tokens, last.norm3))

@@ -49,7 +49,7 @@ class UNetStage(nn.Module):
 class DownBlock2D(UNetStage):
     def __init__(self, channels: list[int], out: int, n_heads: int, attention: bool, last: bool, config, ops):
         super().__init__(channels, out, n_heads, attention, config, ops)
-        self.downsamplers = None if last else nn.ModuleList([Downsample2D(out, padding=1)])
+        self.downsamplers = None if last else nn.ModuleList([Downsample2D(out, padding=1, ops=ops)])
 
     def forward(self, x: Tensor, condition: Conditioning) -> list[Tensor]:
         """Returns the output of every layer; the last is the block's own."""

@@ -54,7 +54,7 @@ class DownEncoderBlock2D(nn.Module):
         channels = [in_channels] + [out_channels] * (config.layers_per_block - 1)
         resnets = [ResnetBlock2D(c, out_channels, config.norm_num_groups, _EPS, ops) for c in channels]
         self.resnets = nn.ModuleList(resnets)
-        self.downsamplers = None if last else nn.ModuleList([Downsample2D(out_channels, padding=0)])
+        self.downsamplers = None if last else nn.ModuleList([Downsample2D(out_channels, padding=0, ops=ops)])
 
     def forward(self, x: Tensor) -> Tensor:
         for resnet in self.resnets:
@@ -128,6 +128,11 @@ class AutoencoderKL(nn.Module):
         self.quant_conv = nn.Conv2d(2 * config.latent_channels, 2 * config.latent_channels, 1)
         self.post_quant_conv = nn.Conv2d(config.latent_channels, config.latent_channels, 1)
 
+    @property
+    def weight(self) -> Tensor:
+        """One of its weights, for device and dtype."""
+        return self.quant_conv.weight
+
     def posterior(self, images: Tensor, slicing: bool = False, tiling: bool = False) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents' Gaussian, unscaled, each (B, 4, h, w); flags as in ``decode``."""
         factor = self.config.factor
@@ -164,7 +169,7 @@ class AutoencoderKL(nn.Module):
     def _run(
         self, network: Callable[[Tensor], Tensor], x: Tensor, units: tuple[int, int], slicing: bool, tiling: bool
     ) -> Tensor:
-        x = x.to(self.quant_conv.weight.dtype)
+        x = x.to(self.weight.dtype)
         rows = x.split(1) if slicing else [x]
         return torch.cat([blend_tiles(network, row, units) if tiling else network(row) for row in rows])
 

@@ -9,24 +9,28 @@ from typing import Any
 
 import numpy as np
 from PIL import Image
-from torch import Tensor
+from torch import Generator, Tensor
 
 from ..checks import check_callable, check_choice, check_flag, check_integer, check_number, check_texts
 from ..methods.control import Control, check_controls
 from ..methods.dci import DCI
 from ..methods.ico import ICO
+from ..methods.image_prompt import ImagePrompts
 from ..methods.infusion import Infusion
 from ..observe.progress import Callback
 from ..options import check_options, option
+from ..text.chunks import LONG_PROMPTS
 from ..text.weighting import WEIGHTINGS
 from .samplers import SAMPLERS
 from .schedule import SCHEDULES
 
 DEFAULT_STRENGTH = 0.8
+DEFAULT_UPSCALE_STRENGTH = 0.5
 
 _OUTPUTS = ("pil", "numpy", "latent")
 
 Picture = Image.Image | np.ndarray
+Mask = Image.Image | np.ndarray
 Customization = Infusion | ICO | DCI
 
 
@@ -105,6 +109,25 @@ class Options:
         flags=(),
         metavar="N[,N...]",
     )
+    generator: Generator | Sequence[Generator] | None = option(
+        None,
+        "in place of seeds a torch.Generator, drawn from as it stands, for all images at once, or one per image; as "
+        "diffusers' pipelines take it. Seeds are then reported as what it began with.",
+    )
+    variation_seed: int | Sequence[int] | None = option(
+        None,
+        "whose noise the start moves towards: one integer, counted up over the images while one integer seed stays as "
+        "it is, or one per image; drawn and reported where not given.",
+        flags=(),
+        metavar="N[,N...]",
+    )
+    variation_strength: float = option(
+        0.0,
+        "how far it moves: 0 not at all, 1 all the way, in between on the arc that A1111 takes.",
+        partial(check_number, low=0.0, high=1.0),
+        flags=(),
+        setting=True,
+    )
     images_per_prompt: int = option(
         1, "images in a row for each prompt.", partial(check_integer, low=1), flags=("--count",), metavar="N"
     )
@@ -112,7 +135,7 @@ class Options:
         None,
         "picture(s) to start from, PIL or (H, W, 3) arrays; turned as their EXIF orientation says.",
         flags=(),
-        metavar="FILE",
+        metavar="FILE|FOLDER",
     )
     strength: float = option(
         DEFAULT_STRENGTH,
@@ -120,13 +143,75 @@ class Options:
         partial(check_number, low=0.0, high=1.0),
         flags=(),
     )
+    mask: Mask | Sequence[Mask] | None = option(
+        None,
+        "what of image to redraw, white or 1, and what to keep, black or 0: opaque PIL pictures or (H, W) arrays, one, "
+        "one per prompt or one per image. Greys blend, except in inpainting models, which see them cut at one half. At "
+        "strength 1 the picture starts from noise alone.",
+        flags=(),
+        metavar="FILE",
+    )
+    mask_blur: float = option(
+        0.0,
+        "standard deviation of a Gaussian that softens the mask, in the mask's pixels.",
+        partial(check_number, low=0.0, high=1000.0),
+        flags=(),
+    )
+    mask_padding: int | None = option(
+        None,
+        "draw what the mask marks and so many pixels around it alone, at height x width, the model's own where not "
+        "given, and paste it into the picture, which keeps its size. Where not given, the whole picture is drawn.",
+        partial(check_integer, low=0),
+        optional=True,
+        flags=(),
+        metavar="N",
+    )
+    upscale: float = option(
+        1.0,
+        "factor on height and width: the picture is drawn in the size that is asked for, enlarged, and redrawn from "
+        "there as from an image, with all that it was drawn with; 1 for no second pass.",
+        partial(check_number, low=1.0, high=8.0),
+        flags=(),
+        setting=True,
+    )
+    upscale_strength: float = option(
+        DEFAULT_UPSCALE_STRENGTH,
+        "share of the schedule that redraws the enlarged picture; above 0, at most 1.",
+        partial(check_number, low=0.0, high=1.0),
+        flags=(),
+        setting=True,
+    )
+    upscale_steps: int | None = option(
+        None,
+        "sampling steps of the second pass's whole schedule; steps where not given.",
+        partial(check_integer, low=1),
+        optional=True,
+        setting=True,
+    )
     latents: Tensor | None = option(None, "unit-variance start noise (B, 4, h, w), in place of the seeds' own.")
     weighting: str = option(
         "a1111",
-        'what (word:1.2) does: "a1111" multiplies the embedding and restores the mean of the whole prompt\'s; '
-        '"comfyui" moves it away from the empty prompt\'s.',
+        'what (word:1.2) does: "a1111" multiplies the embedding and restores the mean of the whole prompt\'s, or of '
+        "each chunk's; \"comfyui\" moves it away from the empty prompt's.",
         partial(check_choice, choices=WEIGHTINGS),
         flags=(),
+        setting=True,
+    )
+    long_prompts: str = option(
+        "chunk",
+        'of prompts beyond 75 tokens: "chunk" encodes them in parts, as A1111 does, which the word BREAK ends too; '
+        '"truncate" cuts them off with a warning; "error" refuses them.',
+        partial(check_choice, choices=LONG_PROMPTS),
+        flags=(),
+        setting=True,
+    )
+    clip_skip: int = option(
+        0,
+        "how many of the text encoder's last layers to leave out, for both prompts, as diffusers counts them; A1111's "
+        "Clip skip is one more.",
+        partial(check_integer, low=0),
+        flags=(),
+        metavar="N",
         setting=True,
     )
     customization: Customization | Sequence[Customization | None] | None = option(
@@ -136,6 +221,11 @@ class Options:
     )
     control: Sequence[Control] = option(
         (), "ControlNets that act upon all images: a list of engine.Control(net, image), or one.", check_controls
+    )
+    image_prompts: ImagePrompts = option(
+        None,
+        "an engine.ImagePrompt, or a list of them that all act on every image beside its text; or a list with a list "
+        "of them, or None, per image.",
     )
     attention_words: Sequence[str] = option(
         (),
@@ -151,6 +241,12 @@ class Options:
         "and the result then has no images.",
         check_callable,
         optional=True,
+    )
+    callback_latents: str = option(
+        "noisy",
+        'what callback is given: "noisy" latents as they are after the step, or the "clean" ones that the model '
+        "predicted in it, which make a preview.",
+        partial(check_choice, choices=("noisy", "clean")),
     )
     progress: bool = option(True, "show a progress bar.", check_flag)
     vae_slicing: bool = option(

@@ -16,6 +16,9 @@ from torch import Tensor
 
 from ..models.conditioning import Batch, Following, Mixing, Shared
 from .control import join_nets, net_shifts
+from .image_rows import join_images
+from .inpaint import join_inpainting
+from .keys import with_common_keys
 from .plan import GuidedBatch, RowPlan
 from .step import Phase, State
 from .table import Coefficients, join_coefficients
@@ -77,14 +80,20 @@ def join_states(together: Sequence[Denoising], offsets: Sequence[int], phase: Ph
     if any(one.timetable.table.noise_draws for one in together):
         pairs = zip(together, fresh, strict=True)
         noise = torch.cat([torch.zeros_like(one.x) if drawn is None else drawn for one, drawn in pairs])
-    state = State(torch.cat([one.x for one in together]), torch.cat(histories, dim=1), torch.cat(positions), noise)
+    inpainting = join_inpainting([one.next_inpainting() for one in together], [one.x for one in together])
+    x, history = torch.cat([one.x for one in together]), torch.cat(histories, dim=1)
+    state = State(x, history, torch.cat(positions), noise, inpainting)
     missing = len(phase.rows.unconditional) - len(state.x)
     if not missing:
         return state
     spare = torch.zeros(missing, dtype=torch.int64, device=state.x.device)
     filled = torch.cat([torch.arange(len(state.x), device=state.x.device), spare])  # with the first trajectory
     return State(
-        state.x[filled], state.history[:, filled], state.positions[filled], None if noise is None else noise[filled]
+        state.x[filled],
+        state.history[:, filled],
+        state.positions[filled],
+        None if noise is None else noise[filled],
+        None if inpainting is None else inpainting.take(filled),
     )
 
 
@@ -92,13 +101,14 @@ def join_rows(batches: Sequence[GuidedBatch], size: Size = exactly) -> GuidedBat
     """One batch of the rows of several, in the order that all batches have: plain, concept, auxiliary, followers.
 
     Args:
-        batches: whose pairs, where they have some, are of one kind; see ``Layout.mixing_kind``.
+        batches: whose pairs, where they have some, are of one kind; see ``Layout.mixing_kind``. Keys of shorter texts
+            are repeated; see ``keys.py``.
         size: how many plain rows, pairs, followers, followed tokens and trajectories to fill up to. What is filled in
             repeats the first of its kind, and no trajectory that is asked for sees it.
     """
     if len(batches) == 1 and size is exactly:
         return batches[0]
-    return _Joiner(batches, size).joined()
+    return _Joiner(with_common_keys(batches), size).joined()
 
 
 class _Joiner:
@@ -154,6 +164,7 @@ class _Joiner:
                 following=self._following(owners, followers) if self.followers else None,
                 mixing=self._mixing() if self.pairs else None,
                 shared=Shared(trajectories, firsts[filled]) if len(filled) < len(trajectories) else None,
+                images=join_images([one.batch for one in self.batches], self.n_owners, owners, self.size),
             ),
             trajectories=trajectories,
             unconditional=self._placed([one.unconditional for one in self.batches])[filled],

@@ -66,10 +66,17 @@ class Drawn:
 
 
 class Layout:
-    """The rows of one phase, built image by image; ``controls`` are those of the request's that act in it."""
+    """The rows of one phase, built image by image.
 
-    def __init__(self, request: Request, texts: Texts, controls: tuple[int, ...] = ()) -> None:
-        self.request, self.known, self.controls = request, texts, controls
+    Args:
+        request: with the texts of the phase.
+        texts: of the request.
+        written: the request with its prompts as they were given, which tell trajectories apart in every phase.
+        controls: those of the request's that act in the phase.
+    """
+
+    def __init__(self, request: Request, texts: Texts, written: Request, controls: tuple[int, ...] = ()) -> None:
+        self.request, self.known, self.written, self.controls = request, texts, written, controls
         self.is_guided = request.options.guidance_scale != 1
         self.trajectories: dict[Hashable, int] = {}  # the start of each, by what tells it from the others
         self.guided: list[tuple[Row, Row]] = []  # the unconditional and conditional row of each trajectory
@@ -162,14 +169,13 @@ class Layout:
     def _shared_trajectory(self, i: int, concepts: tuple[Concept, ...]) -> int:
         """The plain trajectory of image ``i``, shared by all images with the same texts and the same start."""
         request = self.request
-        prompt, negative = request.prompts[i], request.negative_prompts[i]
-        own_start = i if request.image is not None or request.latents is not None else None
         hints = tuple(picture_of(one, i, len(request.seeds)) for one in request.hints)
-        key = (prompt, negative, concepts, request.seeds[i], own_start, hints)
+        written = self.written.prompts[i], self.written.negative_prompts[i]
+        key = (*written, concepts, *request.start_of(i), hints, request.image_prompts[i])
         if key not in self.trajectories:
             trajectory = self._new_trajectory(key, i)
             unconditional = self._own_unconditional(trajectory, i, concepts)
-            self._guide(unconditional, self._own(PLAIN, trajectory, self.known.text(prompt, concepts)))
+            self._guide(unconditional, self._own(PLAIN, trajectory, self.known.text(request.prompts[i], concepts)))
         return list(self.trajectories).index(key)
 
     def _check_placeholders(self, i: int, concepts: tuple[Concept, ...]) -> None:

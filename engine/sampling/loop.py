@@ -16,6 +16,7 @@ from ..errors import NonFiniteError
 from ..models.unet import UNet2DConditionModel
 from ..observe.masks import MaskRecorder
 from ..observe.word_maps import Recorder
+from .inpaint import Inpainting
 from .join import Size, exactly, join_phases, join_states
 from .plan import RowPlan
 from .step import Phase, State, guided_step
@@ -35,7 +36,10 @@ class Denoising:
         finite: (T,) bool, whether the latents were finite after each step.
         plan: of the last step taken; before the first, of that.
         recorder, mask_recorder: record the attention maps that the plans watch, and the masks by which rows mix.
+        inpainting: of the starts (n, ...); None where no picture is inpainted.
+        shows_clean: whether ``shown`` is the clean latents that the model predicts, not the noisy ones.
         taken: how many steps have been.
+        before: ``x`` and history before the last step, where clean latents are shown.
     """
 
     plans: Sequence[RowPlan]
@@ -47,7 +51,10 @@ class Denoising:
     plan: RowPlan
     recorder: Recorder | None = None
     mask_recorder: MaskRecorder | None = None
+    inpainting: Inpainting | None = None
+    shows_clean: bool = False
     taken: int = 0
+    before: tuple[Tensor, Tensor] | None = None
 
     def __len__(self) -> int:
         return len(self.timetable)
@@ -64,6 +71,15 @@ class Denoising:
     def pictures(self) -> Tensor:
         """(I, 4, h, w), the latents of the images."""
         return self.x[self.plan.pictures]
+
+    @property
+    def shown(self) -> Tensor:
+        """(I, 4, h, w), what a callback is given after a step."""
+        if self.before is None:
+            return self.pictures
+        i, plan = self.taken - 1, self.plan
+        noise = self.noise[i][plan.starts] if i < self.timetable.table.noise_draws else None
+        return self.timetable.table.clean_latents(i, *self.before, noise, self.x)[plan.pictures]
 
     @property
     def next_plan(self) -> RowPlan:
@@ -90,6 +106,10 @@ class Denoising:
         draws = self.taken < self.timetable.table.noise_draws
         return self.noise[self.taken][self.plan.starts] if draws else None
 
+    def next_inpainting(self) -> Inpainting | None:
+        """What the next step needs to inpaint, of the trajectories of ``x``."""
+        return None if self.inpainting is None else self.inpainting.take(self.plan.starts)
+
 
 def start_denoising(
     plans: Sequence[RowPlan],
@@ -98,6 +118,8 @@ def start_denoising(
     noise: Sequence[Tensor],
     recorder: Recorder | None = None,
     mask_recorder: MaskRecorder | None = None,
+    inpainting: Inpainting | None = None,
+    shows_clean: bool = False,
 ) -> Denoising:
     """A ``Denoising`` before its first step.
 
@@ -107,7 +129,9 @@ def start_denoising(
     x = start[plans[0].starts]
     finite = torch.ones(len(timetable), dtype=torch.bool, device=x.device)
     history = timetable.table.start_history(x)
-    return Denoising(plans, timetable, noise, x, history, finite, plans[0], recorder, mask_recorder)
+    return Denoising(
+        plans, timetable, noise, x, history, finite, plans[0], recorder, mask_recorder, inpainting, shows_clean
+    )
 
 
 class Stepper:
@@ -147,6 +171,7 @@ class Stepper:
         first = 0
         for one in together:
             own = slice(first, first := first + len(one.x))
+            one.before = (one.x, one.history) if one.shows_clean else None
             one.x, one.history, one.finite[one.taken] = x[own], history[: len(one.history), own], whole[own].all()
             one.taken += 1
         for recorder in [one for denoising in recording for one in (denoising.recorder, denoising.mask_recorder)]:
@@ -165,7 +190,7 @@ def denoise(stepper: Stepper, denoising: Denoising, on_step: Callable[[int, Tens
     """Go from the first step to the last; ``on_step(i, latents of the images)`` after each ends it with False."""
     while not denoising.is_done:
         stepper([denoising])
-        if not on_step(denoising.taken - 1, denoising.pictures):
+        if not on_step(denoising.taken - 1, denoising.shown):
             return
 
 

@@ -10,8 +10,8 @@ import torch
 
 from ..errors import OutOfMemoryError
 from ..methods.control import Control
+from ..models.tiny_vae import VAE
 from ..models.unet import UNet2DConditionModel, UNetEncoder
-from ..models.vae import AutoencoderKL
 from .arguments import Options
 
 T = TypeVar("T")
@@ -22,7 +22,7 @@ _BYTES_OF_PIXELS = 3 * (4 + 4)  # a picture in float32, as decoded and as copied
 
 
 def check_memory(
-    unet: UNet2DConditionModel, vae: AutoencoderKL, n_images: int, height: int, width: int, options: Options
+    unet: UNet2DConditionModel, vae: VAE, n_images: int, height: int, width: int, options: Options
 ) -> None:
     """Raise ``OutOfMemoryError`` where the least that a request needs exceeds what the memory holds now.
 
@@ -98,9 +98,9 @@ def _unet_bytes_per_position(unet: UNetEncoder) -> int:
     return int(channels) * weight.element_size()
 
 
-def _vae_bytes_per_pixel(vae: AutoencoderKL) -> int:
+def _vae_bytes_per_pixel(vae: VAE) -> int:
     """Of a resnet's input and output at full size."""
-    return 2 * vae.config.block_out_channels[0] * vae.quant_conv.weight.element_size()
+    return 2 * vae.config.block_out_channels[0] * vae.weight.element_size()
 
 
 def with_retry(run: Callable[[], T], free: Callable[[], None], again: Callable[[], T] | None = None) -> T:
@@ -130,7 +130,7 @@ def rows_that_fit(unet: UNet2DConditionModel, height: int, width: int) -> int:
     return torch.cuda.mem_get_info(like.device)[0] // max(1, taken)
 
 
-def batch_rows(unet: UNet2DConditionModel, vae: AutoencoderKL, height: int, width: int) -> int | None:
+def batch_rows(unet: UNet2DConditionModel, vae: VAE, height: int, width: int) -> int | None:
     """How many rows of latents (4, height, width) steps may have beside a decoding picture; None where nothing says.
 
     On a GPU by what one row takes. Elsewhere by the skip connections, and as much again for each of what the widest

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import secrets
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, fields, replace
 from typing import Any
@@ -14,11 +13,12 @@ from torch import Tensor
 
 from ..checks import check_integer, check_texts
 from ..methods.dci import DCI
-from .arguments import DEFAULT_STRENGTH, Customization, Options
+from ..methods.image_prompt import ImagePrompt, prompts_per_image
+from .arguments import DEFAULT_STRENGTH, DEFAULT_UPSCALE_STRENGTH, Customization, Options
 from .hints import make_hints
+from .mask import Masked, check_mask, cut, read_masks
 from .samplers import WITH_ETA
-
-_MAX_SEED = 2**64 - 1
+from .seeds import read_seeds
 
 
 @dataclass(frozen=True, slots=True)
@@ -27,6 +27,7 @@ class ModelLimits:
 
     Attributes:
         factor, sample_size, latent_channels, num_train_timesteps: of the model.
+        takes_masks: whether it is an inpainting model, whose UNet sees a picture and its mask beside the latents.
         max_pixels: of one picture.
         check_memory: ``check_memory(n_images, height, width, options)`` raises where the memory cannot hold a request.
     """
@@ -35,6 +36,7 @@ class ModelLimits:
     sample_size: int
     latent_channels: int
     num_train_timesteps: int
+    takes_masks: bool
     max_pixels: int
     check_memory: Callable[[int, int, int, Options], None]
 
@@ -45,11 +47,14 @@ class Request:
 
     Attributes:
         options: as given, with the steps that are taken and the size that is drawn.
-        prompts, negative_prompts, seeds, customizations: one entry per image.
+        prompts, negative_prompts, seeds, customizations, image_prompts: one entry per image.
         begin: the first step taken.
         image: (I, 3, H, W) float32 in [-1, 1].
         latents: (I, 4, h, w) float32.
+        masked: what of the pictures is redrawn; None where they are as wholes.
         hints: each control's pictures; see ``hints.make_hints``.
+        variation_seeds: one entry per image; none where starts do not vary.
+        generators: what noise is drawn from in place of the seeds' own generators, one per image or one for all.
     """
 
     options: Options
@@ -57,10 +62,19 @@ class Request:
     negative_prompts: tuple[str, ...]
     seeds: tuple[int, ...]
     customizations: tuple[Customization | None, ...]
+    image_prompts: tuple[tuple[ImagePrompt, ...], ...]
     begin: int
     image: Tensor | None
     latents: Tensor | None
+    masked: Masked | None = None
     hints: tuple[Tensor, ...] = ()
+    variation_seeds: tuple[int, ...] = ()
+    generators: tuple[torch.Generator, ...] = ()
+
+    def start_of(self, i: int) -> tuple[int | None, ...]:
+        """Tells the starts of images from one another: by their seeds, where these say all."""
+        own = self.image is not None or self.latents is not None or self.generators
+        return self.seeds[i], *self.variation_seeds[i : i + 1], i if own else None
 
     @property
     def size(self) -> tuple[int, int]:
@@ -75,11 +89,16 @@ class Request:
             "prompts": list(self.prompts),
             "negative_prompts": list(self.negative_prompts),
             "seeds": list(self.seeds),
+            "variation_seeds": list(self.variation_seeds or [None] * len(self.seeds)),
             "customizations": [None if one is None else one.settings() for one in self.customizations],
+            "image_prompts": [[one.settings() for one in own] for own in self.image_prompts],
             **{one.name: getattr(self.options, one.name) for one in fields(Options) if one.metadata["setting"]},
             "strength": None if self.image is None else self.options.strength,
+            "mask_blur": None if self.masked is None else self.options.mask_blur,
+            "mask_padding": self.options.mask_padding,
             "given_latents": self.latents is not None,
             "control": [one.settings() for one in self.options.control],
+            "given_generators": bool(self.generators),
         }
 
 
@@ -91,27 +110,38 @@ def make_request(limits: ModelLimits, prompt: str | Sequence[str], options: Opti
     negatives = _negatives(options, len(prompts))
     check_integer("steps", options.steps, 1, limits.num_train_timesteps)
     _check_together(options)
+    check_mask(options, limits.takes_masks)
     pictures = None if options.image is None else _pictures(options.image, len(prompts), per_prompt)
-    height, width = _size(limits, options, None if pictures is None else pictures[0])
+    whole = pictures if options.mask_padding is None else None  # a crop has the size that the model draws best
+    height, width = _size(limits, options, None if whole is None else whole[0])
     limits.check_memory(n_images, height, width, options)
     if pictures is not None:
         pictures = _one_per_image(pictures, n_images)
+    masked = None
+    if pictures is not None and options.mask is not None:
+        pictures, masks, crops = cut(options, pictures, read_masks(options, len(prompts)), (height, width))
+        masked = Masked(masks, limits.takes_masks, crops)
     customizations = _customizations(options, n_images)
     steps = _shortened(customizations, options.steps)
     begin = 0 if pictures is None else steps - int(steps * options.strength)
     if begin == steps:
         rule = "int(steps * strength) must be at least 1"
         raise ValueError(f"{rule}, got steps={steps} and strength={options.strength}")
+    seeds, variation_seeds, generators = read_seeds(options, n_images)
     return Request(
         options=replace(options, steps=steps, height=height, width=width),
         prompts=tuple(text for text in prompts for _ in range(per_prompt)),
         negative_prompts=tuple(text for text in negatives for _ in range(per_prompt)),
-        seeds=_seeds(options.seed, n_images),
+        seeds=seeds,
         customizations=customizations,
+        image_prompts=prompts_per_image(options.image_prompts, n_images),
         begin=begin,
         image=None if pictures is None else _image_tensor(pictures, height, width),
         latents=None if options.latents is None else _start_noise(limits, options.latents, n_images, height, width),
+        masked=masked,
         hints=make_hints(options.control, len(prompts), n_images, (height, width), limits.factor),
+        variation_seeds=variation_seeds,
+        generators=generators,
     )
 
 
@@ -125,10 +155,20 @@ def _check_together(options: Options) -> None:
         raise ValueError(f"{rule}, got guidance_rescale={options.guidance_rescale}")
     if options.image is None and options.strength != DEFAULT_STRENGTH:
         raise ValueError(f"strength belongs to image-to-image: give an image too, got strength={options.strength}")
+    _check_upscale(options)
     if options.image is not None and options.latents is not None:
         raise ValueError("give image or latents, not both: each says where the picture starts")
     if options.output == "latent" and options.image is None and (options.vae_slicing or options.vae_tiling):
         raise ValueError("vae_slicing and vae_tiling belong to the VAE, which output='latent' does not run")
+
+
+def _check_upscale(options: Options) -> None:
+    if options.upscale != 1:
+        rule = "upscale draws twice, which generate does, also with a scheduler; a request is one pass"
+        raise ValueError(f"{rule}, got upscale={options.upscale:g}")
+    if options.upscale_strength != DEFAULT_UPSCALE_STRENGTH or options.upscale_steps is not None:
+        rule = "upscale_strength and upscale_steps belong to a second pass: give upscale too"
+        raise ValueError(f"{rule}, got {options.upscale_strength} and {options.upscale_steps}")
 
 
 def _negatives(options: Options, n_prompts: int) -> tuple[str, ...]:
@@ -141,18 +181,6 @@ def _negatives(options: Options, n_prompts: int) -> tuple[str, ...]:
         rule = "negative_prompt needs a guidance_scale above 1, which it acts through"
         raise ValueError(f"{rule}, got {list(negatives)}")
     return negatives
-
-
-def _seeds(seed: Any, n_images: int) -> tuple[int, ...]:
-    """One seed per image: as given, counted up from one number, or drawn (and reported) where none is given."""
-    if seed is None:
-        return tuple(secrets.randbits(32) for _ in range(n_images))
-    if isinstance(seed, list | tuple | range):
-        if len(seed) != n_images:
-            raise ValueError(f"seed must be one integer or one per image ({n_images}), got {len(seed)}")
-        return tuple(check_integer("seed", value, 0, _MAX_SEED) for value in seed)
-    first = check_integer("seed", seed, 0, _MAX_SEED - (n_images - 1))
-    return tuple(range(first, first + n_images))
 
 
 def _customizations(options: Options, n_images: int) -> tuple[Customization | None, ...]:

@@ -14,6 +14,7 @@ from torch import Tensor
 from ..models.conditioning import Conditioning, Observe, ObserveMasks
 from ..models.unet import UNet2DConditionModel
 from .control import net_residuals
+from .inpaint import Inpainting
 from .plan import GuidedBatch
 from .table import Coefficients, over_latents, step
 
@@ -44,12 +45,14 @@ class State:
         history: (K - 1, P, 4, h, w), the sampler's.
         positions: (P,) int64, each trajectory's entry of the schedule.
         noise: (P, 4, h, w) fresh noise; None for a sampler that draws none.
+        inpainting: of P trajectories; None where no picture is inpainted.
     """
 
     x: Tensor
     history: Tensor
     positions: Tensor
     noise: Tensor | None
+    inpainting: Inpainting | None = None
 
 
 def guided_step(
@@ -68,8 +71,11 @@ def guided_step(
     """
     rows = phase.rows
     latents = state.x * over_latents(phase.coefficients.input_scale[state.positions])
-    latents = latents.to(unet.conv_in.weight.dtype)
-    residuals = net_residuals(rows.nets, phase.net_shifts, latents, state.positions)
+    dtype = unet.conv_in.weight.dtype
+    residuals = net_residuals(rows.nets, phase.net_shifts, latents.to(dtype), state.positions)
+    if state.inpainting is not None:
+        latents = state.inpainting.tell(latents)
+    latents = latents.to(dtype)
     if rows.batch.shared is None:
         latents = latents[rows.trajectories]
     shifts = phase.shifts[state.positions[rows.trajectories]]
@@ -80,6 +86,8 @@ def guided_step(
     if rows.guidance_rescale is not None:
         noise_pred = rescale_guidance(noise_pred, conditional, rows.guidance_rescale)
     x, history = step(phase.coefficients, state.x, noise_pred, state.positions, state.history, state.noise)
+    if state.inpainting is not None:
+        x = state.inpainting.keep(x, phase.coefficients, state.positions)
     return x, history, torch.isfinite(x).flatten(1).all(dim=1)
 
 

@@ -30,12 +30,16 @@ class Coefficients:
     Attributes:
         input_scale: (T,) factor from the state's ``x`` to the UNet's input.
         state, model, noise: ``A`` (T, K, K), ``b`` (T, K) and ``c`` (T, K), float32; entry 0 of the state is ``x``.
+        keep_scale, keep_noise: (T,) factors on clean latents and unit noise that make the ``x`` after step ``i``, as
+            diffusers' ``add_noise`` has it at the next timestep: 1 and 0 after the last. Inpainting reads them.
     """
 
     input_scale: Tensor
     state: Tensor
     model: Tensor
     noise: Tensor
+    keep_scale: Tensor
+    keep_noise: Tensor
 
     def map(self, change: Callable[[Tensor], Tensor]) -> Coefficients:
         """The same with every tensor changed."""
@@ -52,6 +56,7 @@ class SamplerTable:
         start_noise: factor on unit noise that starts a picture from nothing.
         image_scale, image_noise: factors on clean latents and unit noise that start from a picture.
         noise_draws: how many steps draw noise: 0 for a deterministic sampler; LCM's last step draws none.
+        clean: (T, 2) float32, factors on ``x`` and on the model's output that make up the clean latents it predicts.
     """
 
     timesteps: Tensor
@@ -60,13 +65,32 @@ class SamplerTable:
     image_scale: float
     image_noise: float
     noise_draws: int
+    clean: Tensor
 
     def __len__(self) -> int:
         return len(self.timesteps)
 
     def to(self, device: torch.device | str) -> SamplerTable:
         moved = self.coefficients.map(lambda x: x.to(device))
-        return replace(self, timesteps=self.timesteps.to(device), coefficients=moved)
+        return replace(self, timesteps=self.timesteps.to(device), coefficients=moved, clean=self.clean.to(device))
+
+    def clean_latents(self, i: int, x: Tensor, history: Tensor, noise: Tensor | None, after: Tensor) -> Tensor:
+        """The clean latents (B, 4, h, w) that the model predicted at step ``i``, from what the step made of the state.
+
+        The step is linear in the model's output with a factor that is not 0, so that it follows from ``after``; nothing
+        need be kept of the step, or computed unless somebody looks.
+
+        Args:
+            i: which step.
+            x, history, noise: what ``step`` was given.
+            after: the next ``x``.
+        """
+        coefficients = self.coefficients
+        kept = (over_latents(coefficients.state[i, 0, :, None]) * torch.cat([x[None], history])).sum(dim=0)
+        if noise is not None:
+            kept = kept + coefficients.noise[i, 0] * noise
+        output = (after - kept) / coefficients.model[i, 0]
+        return self.clean[i, 0] * x + self.clean[i, 1] * output
 
     def start_history(self, x: Tensor) -> Tensor:
         """The history before the first step: zeros (K - 1, B, 4, h, w)."""
@@ -109,7 +133,7 @@ def join_coefficients(tables: Sequence[Coefficients], n_state: int) -> Coefficie
     def widened(one: Coefficients) -> Coefficients:
         missing = n_state - one.state.shape[-1]
         state = F.pad(one.state, (0, missing, 0, missing))
-        return Coefficients(one.input_scale, state, F.pad(one.model, (0, missing)), F.pad(one.noise, (0, missing)))
+        return replace(one, state=state, model=F.pad(one.model, (0, missing)), noise=F.pad(one.noise, (0, missing)))
 
     parts = [widened(one) for one in tables]
     return Coefficients(*(torch.cat([getattr(part, field.name) for part in parts]) for field in fields(Coefficients)))
@@ -167,6 +191,8 @@ class TableWriter:
         schedule, first = self.schedule, self.begin
         ratios = schedule.sigmas / schedule.alphas
         scale = schedule.alphas[first:-1] if self.exploding else np.ones(len(self.steps))
+        keep_scale = np.ones(len(self.steps)) if self.exploding else np.append(schedule.alphas[first + 1 : -1], 1.0)
+        keep_noise = np.append((ratios if self.exploding else schedule.sigmas)[first + 1 : -1], 0.0)
         start = 1.0
         if self.exploding:
             start = float(ratios.max() if schedule.spans_all else np.hypot(ratios.max(), 1.0))
@@ -177,9 +203,12 @@ class TableWriter:
                 state=torch.tensor(self.state, dtype=torch.float32),
                 model=torch.tensor(self.model, dtype=torch.float32),
                 noise=torch.tensor(self.noise, dtype=torch.float32),
+                keep_scale=torch.tensor(keep_scale, dtype=torch.float32),
+                keep_noise=torch.tensor(keep_noise, dtype=torch.float32),
             ),
             start_noise=start,
             image_scale=1.0 if self.exploding else float(schedule.alphas[first]),
             image_noise=float(ratios[first] if self.exploding else schedule.sigmas[first]),
             noise_draws=noise_draws,
+            clean=torch.tensor(np.stack([self.prediction(i)[0][[0, -1]] for i in self.steps]), dtype=torch.float32),
         )

@@ -9,11 +9,12 @@ from torch import Tensor
 
 from ..backends.graphs import Graphs
 from ..errors import NonFiniteError, OutOfMemoryError
+from ..models.tiny_vae import VAE, make_vae
 from ..models.vae import AutoencoderKL
 from ..warn import warn
 from .out_of_memory import with_retry
 
-_Part = Callable[[AutoencoderKL, bool], tuple[Tensor, ...]]  # with slicing or not
+_Part = Callable[[VAE, bool], tuple[Tensor, ...]]  # with slicing or not
 
 
 class VAERunner:
@@ -28,9 +29,10 @@ class VAERunner:
         free: called when memory runs out.
     """
 
-    def __init__(self, vae: AutoencoderKL, graphs: Graphs | None, free: Callable[[], None]) -> None:
+    def __init__(self, vae: VAE, graphs: Graphs | None, free: Callable[[], None]) -> None:
         self.vae, self.graphs, self.free = vae, graphs, free
         self.factor, self.latent_channels = vae.config.factor, vae.config.latent_channels
+        self.is_random = isinstance(vae, AutoencoderKL)  # whether latents of a picture are drawn
 
     def posterior(self, images: Tensor, slicing: bool, tiling: bool) -> tuple[Tensor, Tensor]:
         """``AutoencoderKL.posterior``.
@@ -49,7 +51,7 @@ class VAERunner:
         )
         return decoded
 
-    def pixels(self, vae: AutoencoderKL, latents: Tensor, slicing: bool, tiling: bool) -> Tensor:
+    def pixels(self, vae: VAE, latents: Tensor, slicing: bool, tiling: bool) -> Tensor:
         """``vae.decode`` without checks, through a graph where there are graphs and nothing is tiled."""
         if self.graphs is None or tiling or vae is not self.vae:
             return vae.decode(latents, slicing, tiling)
@@ -59,7 +61,7 @@ class VAERunner:
 
     def _run(self, part: str, slicing: bool, tiling: bool, run: _Part) -> tuple[Tensor, ...]:
         results = self._within_memory(part, self.vae, slicing, tiling, run)
-        dtype = self.vae.quant_conv.weight.dtype
+        dtype = self.vae.weight.dtype
         if dtype == torch.float16 and not _all_finite(results):
             warn(f"the VAE {part} overflowed in float16; trying float32", RuntimeWarning)
             results = self._within_memory(part, self._in_float32(), slicing, tiling, run)
@@ -67,16 +69,14 @@ class VAERunner:
             raise NonFiniteError(f"the VAE {part} produced NaN or infinity in {dtype}; try dtype='float32'")
         return results
 
-    def _in_float32(self) -> AutoencoderKL:
+    def _in_float32(self) -> VAE:
         with torch.device("meta"):
-            exact = AutoencoderKL(self.vae.config, self.vae.ops)
+            exact = make_vae(self.vae.config, self.vae.ops)
         weights = {name: weight.float() for name, weight in self.vae.state_dict().items()}
         exact.load_state_dict(weights, assign=True)
         return exact
 
-    def _within_memory(
-        self, part: str, vae: AutoencoderKL, slicing: bool, tiling: bool, run: _Part
-    ) -> tuple[Tensor, ...]:
+    def _within_memory(self, part: str, vae: VAE, slicing: bool, tiling: bool, run: _Part) -> tuple[Tensor, ...]:
         def free() -> None:
             self.free()
             warn(f"the VAE {part} ran out of memory; trying picture by picture", RuntimeWarning)
@@ -87,7 +87,7 @@ class VAERunner:
             shortage = error.with_traceback(None)  # which would keep the attempt's tensors
         self.free()
         advice = "smaller pictures" if tiling else "vae_tiling=True, or smaller pictures,"
-        device = vae.quant_conv.weight.device
+        device = vae.weight.device
         rule = f"the memory of {device} must hold the VAE {part}'s work on one picture"
         raise OutOfMemoryError(f"{rule}, got too little; {advice} would fit") from shortage
 

@@ -43,6 +43,8 @@ _OPTIONS = (
     "width",
     "seed",
     "weighting",
+    "long_prompts",
+    "clip_skip",
 )
 
 

@@ -18,11 +18,11 @@ if TYPE_CHECKING:
 
 @dataclass(frozen=True, slots=True)
 class Phase:
-    """What a request's steps of one phase need of a batch: how many there are, their rows, and how rows mix."""
+    """What a request's steps of one phase need of a batch: how many, their rows, and the kind that shares a batch."""
 
     steps: int
     rows: int
-    mixing: Hashable
+    kind: Hashable
 
 
 class Job(Queued):

@@ -27,6 +27,7 @@ from ..result import Result
 from ..sampling.arguments import Options
 from ..sampling.control import cost_in_rows
 from ..sampling.join import bucket, exactly
+from ..sampling.keys import chunk_kind
 from ..sampling.plan import lay_out
 from ..sampling.request import Request, make_request
 from .job import Job, Phase
@@ -149,8 +150,8 @@ class Scheduler(Queue[Job]):
         """What each phase needs, by a layout that costs its tokens alone."""
         options = request.options
         steps = len(self.sd.timetables(options.sampler, options.steps, options.eta, request.begin, options.schedule))
-        layouts = lay_out(request, steps, Texts(self.sd.text_encoder))
-        return tuple(Phase(n_steps, cost_in_rows(layout), layout.mixing_kind) for n_steps, layout in layouts)
+        layouts = lay_out(request, steps, Texts(self.sd.text_encoder, options.long_prompts, options.clip_skip))
+        return tuple(Phase(n, cost_in_rows(layout), (layout.mixing_kind, chunk_kind(layout))) for n, layout in layouts)
 
     @torch.no_grad()
     def _work(self) -> None:
@@ -206,7 +207,7 @@ class Scheduler(Queue[Job]):
         self._served = {one: had for one, had in self._served.items() if one in present or had > least}
 
     def _candidate(self, job: Job) -> Candidate:
-        key: Hashable = id(job) if job.records else (job.request.size, job.phase.mixing)
+        key: Hashable = id(job) if job.records else (job.request.size, job.phase.kind)
         return Candidate(job.client, key, job.rows)
 
     def _key_budget(self, key: Hashable) -> int:
@@ -269,7 +270,7 @@ class Scheduler(Queue[Job]):
         assert denoising is not None
         assert steps is not None
         try:
-            goes_on = steps(denoising.taken - 1, denoising.pictures)
+            goes_on = steps(denoising.taken - 1, denoising.shown)
         except Exception as error:
             job.fail(error)
             return

@@ -13,7 +13,7 @@ def word_pattern(words: str) -> str:
 
 
 def find_noun(text: Tokens, noun: str, occurrence: int | None = None) -> list[int]:
-    """Positions of the tokens of a word or words in a tokenized prompt; the begin token is at 0.
+    """Positions of the tokens of a word or words in a tokenized prompt; see ``Tokens.positions``.
 
     Raises:
         ValueError: it is absent, is there more than once and no occurrence is given, or does not fit.
@@ -36,4 +36,5 @@ def find_phrase(text: Tokens, pattern: str, name: str, occurrence: int | None = 
     if end > last:
         rule = f"{name!r} must be within the text encoder's {len(text.ids)} tokens"
         raise ValueError(f"{rule}; it was cut off from {text.text!r}")
-    return [i + 1 for i, (first, stop) in enumerate(text.spans) if first < end and stop > start]
+    spans = zip(text.positions, text.spans, strict=True)
+    return [position for position, (first, stop) in spans if first < end and stop > start]

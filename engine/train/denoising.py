@@ -54,6 +54,13 @@ def weighted_mean(error: Tensor, weights: Tensor | None) -> Tensor:
     return (weights * error).sum() / (weights.sum() * error.shape[1])
 
 
+def check_trainable(sd: Engine) -> None:
+    """Refuse inpainting models: what a concept learns on them would depend on masks that nobody gave."""
+    if sd.limits.takes_masks:
+        rule = "concepts are learned on a model of four input channels, and work on its inpainting model too"
+        raise ValueError(f"{rule}; got one of {sd.unet.config.in_channels}: {sd.name!r}")
+
+
 def training_size(sd: Engine, size: int | None) -> int:
     """The training resolution in pixels: as given, or the model's own."""
     factor = sd.vae.config.factor

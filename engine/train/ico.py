@@ -22,7 +22,16 @@ from ..observe.sheet import grid
 from ..options import make_options, option, takes
 from ..sampling.seeds import make_generator
 from ..text.encoder import TextEncoder, Tokens
-from .denoising import SAMPLE_SEEDS, SAMPLE_STEPS, Noiser, autocast, differentiable, training_size, weighted_mean
+from .denoising import (
+    SAMPLE_SEEDS,
+    SAMPLE_STEPS,
+    Noiser,
+    autocast,
+    check_trainable,
+    differentiable,
+    training_size,
+    weighted_mean,
+)
 from .loop import run
 from .options import TrainOptions
 from .pictures import Pictures
@@ -103,6 +112,7 @@ class ICOObjective:
     """Contexts, tokens and changes of keys and values, and their loss on reference pictures."""
 
     def __init__(self, sd: Engine, images: Any, noun: str, options: ICOOptions) -> None:
+        check_trainable(sd)
         size = training_size(sd, options.size)
         self.sd, self.noun, self.options = sd, noun, options
         self.pictures = Pictures(sd, images, options.masks, size)

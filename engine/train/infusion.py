@@ -21,7 +21,16 @@ from ..observe.sheet import grid
 from ..options import make_options, option, takes
 from ..sampling.seeds import make_generator
 from ..text.words import find_noun
-from .denoising import SAMPLE_SEEDS, SAMPLE_STEPS, Noiser, autocast, differentiable, training_size, weighted_mean
+from .denoising import (
+    SAMPLE_SEEDS,
+    SAMPLE_STEPS,
+    Noiser,
+    autocast,
+    check_trainable,
+    differentiable,
+    training_size,
+    weighted_mean,
+)
 from .loop import run
 from .options import TrainOptions
 from .pictures import Pictures
@@ -93,6 +102,7 @@ class InfusionObjective:
     """Residuals, and their loss on reference pictures."""
 
     def __init__(self, sd: Engine, images: Any, noun: str, options: InfusionOptions) -> None:
+        check_trainable(sd)
         size = training_size(sd, options.size)
         self.sd, self.noun, self.options = sd, noun, options
         self.layers = sd.unet.cross_attentions

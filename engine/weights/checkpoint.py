@@ -12,8 +12,11 @@ from typing import Any
 
 from ..errors import CheckpointError
 from ..models.config import ScheduleConfig, UNetConfig, VAEConfig
+from ..models.tiny_vae import TinyVAEConfig
 from . import ldm
+from .stray import is_unused, open_single_file, schedule_of
 from .tensors import TensorFile, WeightSource
+from .tiny_vae_file import open_tiny_vae
 
 ASSETS = Path(__file__).parents[1] / "assets"
 EMBEDDED_MODEL = ASSETS / "tinyworld"
@@ -32,7 +35,7 @@ class Checkpoint:
 
     name: str
     unet_config: UNetConfig
-    vae_config: VAEConfig
+    vae_config: VAEConfig | TinyVAEConfig
     text_config: Mapping[str, Any]
     schedule: ScheduleConfig
     unet: WeightSource
@@ -80,9 +83,12 @@ def open_checkpoint(
     return _open_folder(path, str(model) if not Path(model).is_dir() else path.name, prefer_fp16)
 
 
-def open_vae_folder(folder: Path, prefer_fp16: bool) -> tuple[VAEConfig, WeightSource]:
+def open_vae_folder(folder: Path, prefer_fp16: bool) -> tuple[VAEConfig | TinyVAEConfig, WeightSource]:
     """A VAE's config, and where its weights are, in its folder."""
-    config = VAEConfig.from_dict(*_read_json(folder / "config.json"))
+    given, where = _read_json(folder / "config.json")
+    if given.get("_class_name") == "AutoencoderTiny":
+        return open_tiny_vae(_find_weights(folder, "vae", prefer_fp16), given, where)
+    config = VAEConfig.from_dict(given, where)
     return config, WeightSource(_find_weights(folder, "vae", prefer_fp16), _vae_names)
 
 
@@ -94,6 +100,15 @@ def read_config(folder: Path) -> tuple[dict[str, Any], str]:
 def find_network(folder: Path, prefer_fp16: bool) -> list[TensorFile]:
     """The files of a diffusers network's weights, in its folder."""
     return _find_weights(folder, "unet", prefer_fp16)
+
+
+def open_image_encoder(folder: Path, prefer_fp16: bool) -> tuple[dict[str, Any], WeightSource]:
+    """The config of a ``CLIPVisionModelWithProjection``, and where its weights are."""
+    config, where = _read_json(folder / "config.json")
+    if config.get("model_type") != "clip_vision_model":
+        raise CheckpointError(f"{where}: model_type must be 'clip_vision_model', got {config.get('model_type')!r}")
+    files = _find_weights(folder, "text_encoder", prefer_fp16)  # of transformers, whose stem is one
+    return config, WeightSource(files, ignored=lambda name: name.endswith(_TEXT_BUFFER))
 
 
 def _open_folder(folder: Path, name: str, prefer_fp16: bool) -> Checkpoint:
@@ -115,16 +130,14 @@ def _open_folder(folder: Path, name: str, prefer_fp16: bool) -> Checkpoint:
 
 
 def _open_single_file(path: Path, config: Path | None, needs_vae: bool) -> Checkpoint:
-    file = TensorFile(path)
+    file = open_single_file(TensorFile(path))
     has_vae = any(name.startswith(ldm.VAE_PREFIX) for name in file.entries)
     text_prefix = next(
         (one for one in ldm.TEXT_PREFIXES if any(n.startswith(one) for n in file.entries)), ldm.TEXT_PREFIXES[0]
     )
-    if not any(name.startswith(ldm.UNET_PREFIX) for name in file.entries):
-        raise CheckpointError(f"{path}: not an SD checkpoint in the original layout: no {ldm.UNET_PREFIX}* tensors")
     if config is None:
         configs = ldm.infer_configs({name: entry.shape for name, entry in file.entries.items()}, text_prefix, has_vae)
-        schedule, tokenizer = ScheduleConfig(), _CLIP_TOKENIZER
+        schedule, tokenizer = schedule_of(file), _CLIP_TOKENIZER
     else:
         configs = {part: _read_json(config / part / "config.json")[0] for part in ("unet", "vae", "text_encoder")}
         schedule = ScheduleConfig.from_dict(*_read_json(config / "scheduler" / "scheduler_config.json"))
@@ -140,12 +153,14 @@ def _open_single_file(path: Path, config: Path | None, needs_vae: bool) -> Check
         text_config=configs["text_encoder"],
         schedule=schedule,
         unet=WeightSource([file], lambda key: (ldm.unet_name(unet_config, key),), prefix=ldm.UNET_PREFIX),
-        vae=WeightSource([file], lambda key: (ldm.vae_name(vae_config, key),), prefix=ldm.VAE_PREFIX),
+        vae=WeightSource(
+            [file], lambda key: (ldm.vae_name(vae_config, key),), prefix=ldm.VAE_PREFIX, ignored=is_unused
+        ),
         text=WeightSource(
             [file],
             lambda key: (text_prefix + key.removeprefix("text_model."),),
             prefix="cond_stage_model.",
-            ignored=_is_text_buffer,
+            ignored=lambda name: _is_text_buffer(name) or is_unused(name),
         ),
         tokenizer=tokenizer,
     )

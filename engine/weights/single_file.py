@@ -9,6 +9,7 @@ from safetensors.torch import save_file
 from torch import nn
 
 from ..models.config import ScheduleConfig
+from ..models.tiny_vae import VAE
 from ..models.unet import UNet2DConditionModel
 from ..models.vae import AutoencoderKL
 from . import ldm
@@ -19,7 +20,7 @@ _HEADS, _GROUPS, _SCALING = 8, 32, 0.18215  # what those who read such a file ta
 def save_single_file(
     path: Path,
     unet: UNet2DConditionModel,
-    vae: AutoencoderKL,
+    vae: VAE,
     text: nn.Module,
     schedule: ScheduleConfig,
     dtype: torch.dtype,
@@ -30,6 +31,8 @@ def save_single_file(
         ValueError: the file could not tell how to use them, since heads, groups, scaling factor or schedule are not SD
             v1's; or a weight exceeds ``dtype``'s range.
     """
+    if not isinstance(vae, AutoencoderKL):
+        raise ValueError(f"a single file holds an AutoencoderKL, got {type(vae).__name__}; load the model's own VAE")
     for name, found, expected in (
         ("heads", set(unet.config.n_heads), {_HEADS}),
         ("groups", {unet.config.norm_num_groups, vae.config.norm_num_groups}, {_GROUPS}),

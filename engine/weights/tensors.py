@@ -179,6 +179,8 @@ def _read_checked(file: TensorFile, name: str, shape: torch.Size) -> Tensor:
     if entry.dtype not in _FLOATS:
         raise CheckpointError(f"{file.path}: {name}: expected a floating dtype, found {entry.dtype}")
     squeezed = entry.shape[:2] if entry.shape[2:] == (1, 1) and len(shape) == 2 else entry.shape  # LDM's 1x1 convs
+    if len(squeezed) == 2 and shape[2:] == (1, 1):  # SD 2 has linear layers for them
+        squeezed = (*squeezed, 1, 1)
     if tuple(shape) != squeezed:
         raise CheckpointError(f"{file.path}: {name}: expected shape {tuple(shape)}, found {entry.shape}")
     tensor = file.read(name)

@@ -7,9 +7,11 @@ from pathlib import Path
 
 from ..errors import CheckpointError
 from ..models.config import VAEConfig
+from ..models.tiny_vae import TinyVAEConfig
 from . import ldm
 from .checkpoint import Checkpoint, open_vae_folder
 from .tensors import TensorFile, WeightSource
+from .tiny_vae_file import is_tiny, open_tiny_vae
 
 _NOT_WEIGHTS = ("loss.", "model_ema.")  # of training, which the original layout's files may still hold
 
@@ -35,7 +37,11 @@ def with_vae(checkpoint: Checkpoint, path: Path, prefer_fp16: bool) -> Checkpoin
     return replace(checkpoint, name=f"{checkpoint.name} + {path.stem}", vae_config=config, vae=source)
 
 
-def _open_file(file: TensorFile, own: VAEConfig) -> tuple[VAEConfig, WeightSource]:
+def _open_file(file: TensorFile, own: VAEConfig | TinyVAEConfig) -> tuple[VAEConfig | TinyVAEConfig, WeightSource]:
+    if is_tiny(file):
+        return open_tiny_vae([file])
+    if isinstance(own, TinyVAEConfig):
+        raise CheckpointError(f"{file.path}: give a diffusers folder: the model's own VAE tells nothing of this one's")
     if any(name.startswith("decoder.up_blocks.") for name in file.entries):
         return own, WeightSource([file])
     prefix = ldm.VAE_PREFIX if any(name.startswith(ldm.VAE_PREFIX) for name in file.entries) else ""

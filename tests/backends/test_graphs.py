@@ -9,6 +9,7 @@ from collections.abc import Callable
 from dataclasses import replace
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -23,6 +24,7 @@ from engine.sampling.plan import make_plans
 from engine.sampling.samplers import make_table
 from engine.sampling.step import State, guided_step
 from tests.controlnets import hint, random_controlnet
+from tests.ip_adapters import picture, random_adapter
 from tests.pipelines import random_concept
 
 
@@ -73,6 +75,19 @@ def test_what_changes_in_value_captures_nothing(plain: Engine, graphed: Engine) 
         assert len(graphs) == 1, changes
 
 
+def test_masks_are_values(plain: Engine, graphed: Engine) -> None:
+    """Another mask, picture or strength is drawn by the same graph, which one without a mask has not."""
+    picture = np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
+    for columns, strength in ((4, 1.0), (9, 1.0), (9, 0.5)):
+        mask = np.zeros((16, 16), np.float32)
+        mask[:, :columns] = 1
+        options = {"image": picture, "mask": mask, "strength": strength, "steps": 4}
+        torch.testing.assert_close(_draw(graphed, **options), _draw(plain, **options), rtol=1e-4, atol=1e-4)
+    assert len(graphed.graphs) == 1
+    _draw(graphed)
+    assert len(graphed.graphs) == 2
+
+
 def test_concepts_switch_without_a_capture(plain: Engine, graphed: Engine) -> None:
     drawn = []
     for seed in (0, 1, 0):
@@ -116,6 +131,17 @@ def test_samplers(plain: Engine, graphed: Engine, sampler: str) -> None:
     for steps in (3, 5):
         options = {"sampler": sampler, "steps": steps}
         torch.testing.assert_close(_draw(graphed, **options), _draw(plain, **options), rtol=1e-4, atol=1e-4)
+    assert len(graphed.graphs) == 1
+
+
+def test_pictures_to_draw_like_switch_without_a_capture(plain: Engine, graphed: Engine) -> None:
+    adapter, drawn = random_adapter(plain, "plus"), []
+    for seed, scale in ((0, 1.0), (1, 1.0), (0, 0.5)):
+        like = {"image_prompts": engine.ImagePrompt(adapter, picture(seed), scale)}
+        drawn.append(_draw(graphed, **like))
+        torch.testing.assert_close(drawn[-1], _draw(plain, **like), rtol=1e-4, atol=1e-4)
+    assert not torch.allclose(drawn[0], drawn[1], rtol=1e-2)
+    assert not torch.allclose(drawn[0], drawn[2], rtol=1e-2)
     assert len(graphed.graphs) == 1
 
 

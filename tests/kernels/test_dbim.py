@@ -40,6 +40,13 @@ def _inputs(
     return inputs | {"n_heads": n_heads, "logits": logits}
 
 
+def test_more_keys_than_fit_into_a_tile() -> None:
+    inputs = _inputs((1, 9, 2, 16), torch.float32)
+    more = {name: torch.cat([inputs[name], torch.randn(2, 231, 32, device=_DEVICE)], dim=1) for name in ("k", "v")}
+    inputs |= more | {"chosen": torch.nn.functional.pad(inputs["chosen"], (0, 231))}
+    assert torch.equal(dbim_triton(**inputs), dbim_ref(**inputs))
+
+
 def _exact(inputs: dict[str, Any]) -> torch.Tensor:
     return dbim_ref(**(inputs | {name: inputs[name].double() for name in ("q", "k", "v", "gates")}))
 

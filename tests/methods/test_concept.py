@@ -236,7 +236,7 @@ def test_edited_tokens_and_changes_are_noticed(small: engine.Engine) -> None:
 def test_warnings_point_at_the_caller(small: engine.Engine) -> None:
     other = replace(random_concept(small), base=tuple(-value for value in small.fingerprint))
     for arguments, message in (
-        ({"prompt": "cat " * 90}, "longer than the text encoder's 77 tokens"),
+        ({"prompt": "cat " * 90, "long_prompts": "truncate"}, "longer than the text encoder's 77 tokens"),
         ({"prompt": "a cat", "customization": engine.Infusion([other])}, "trained on another model"),
     ):
         with pytest.warns(UserWarning, match=message) as caught:

@@ -24,7 +24,7 @@ def test_sd15_sizes() -> None:
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        ({"use_linear_projection": True}, "use_linear_projection must be False"),
+        ({"dual_cross_attention": True}, "dual_cross_attention must be False"),
         ({"act_fn": "gelu"}, "act_fn must be 'silu'"),
         ({"class_embed_type": "timestep"}, "class_embed_type must be None"),
         ({"down_block_types": ["AttnDownBlock2D"] * 4}, "down_block_types must hold only"),

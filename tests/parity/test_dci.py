@@ -244,7 +244,7 @@ def test_a_text_is_tokenized_once(small: engine.Engine, monkeypatch: pytest.Monk
     monkeypatch.setattr(
         small.text_encoder,
         "tokenize",
-        lambda prompt, vectors=None: seen.append(prompt.text) or tokenize(prompt, vectors),
+        lambda prompt, *how: seen.append(prompt.text) or tokenize(prompt, *how),
     )
     _draw(small, engine.DCI("cat", fraction=0.5, guidance="own"), prompt="a cat in snow", attention_words=["snow"])
     assert sorted(seen) == ["", "a cat in snow", "a dog in snow"]

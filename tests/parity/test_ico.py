@@ -293,7 +293,7 @@ def test_what_does_not_fit_is_refused(small: engine.Engine) -> None:
     residual = Concept("cat", {"a": torch.zeros(2)})
 
     def draw(prompt: str, custom) -> None:
-        small.generate(prompt, seed=0, customization=custom, **_OPTIONS)
+        small.generate(prompt, seed=0, customization=custom, long_prompts="truncate", **_OPTIONS)
 
     for prompt, make, message in (
         ("a cat", lambda: engine.ICO([concept]), r"must contain 'V\*'"),

@@ -23,6 +23,7 @@ from engine.sampling.control import cost_in_rows, net_residuals
 from engine.sampling.hints import make_hints
 from engine.sampling.plan import lay_out, make_plans
 from tests.controlnets import hint, random_controlnet
+from tests.naming import short
 from tests.parity.test_ico import _concept as ico_concept
 from tests.pipelines import SD_V1_5_UNET, random_concept
 
@@ -292,7 +293,7 @@ def test_what_does_not_fit_names_the_nets(
         ({"image": [hint()] * 3}, "one per prompt or one per image (2), got 3"),
         ({"start": 0.4, "end": 0.6}, "leave it one of the steps at least, got start=0.4 and end=0.6 with 3 steps"),
     ],
-    ids=str,
+    ids=short,
 )
 def test_refusals(small: engine.Engine, nets: list[ControlNetModel], options: dict[str, Any], message: str) -> None:
     given = {"net": nets[0], "image": hint()} | options

@@ -15,14 +15,17 @@ import engine
 from benchmarks.systems import default_request
 from engine.backends.graphs import signature
 from engine.observe.progress import StageClock
-from engine.sampling.join import Size, bucket, exactly, join_phases
+from engine.sampling.join import Size, bucket, exactly, join_phases, join_states
 from engine.sampling.loop import Denoising, Stepper, denoise
 from engine.sampling.samplers import SAMPLERS
 from tests.controlnets import hint, random_controlnet
+from tests.ip_adapters import picture as adapter_picture
+from tests.ip_adapters import random_adapter
 from tests.parity.test_ico import _concept as ico_concept
 from tests.pipelines import random_concept
 
 PROMPT = "a photo of a cat"
+_LONG, _LONGER = f"{PROMPT} " + "on a red beach " * 20, f"{PROMPT} " + "in the snow on a blue beach " * 24
 
 
 @cache
@@ -57,8 +60,16 @@ def _controlled(sd: engine.Engine, folder: Path) -> dict[str, dict[str, Any]]:
 def _kinds(sd: engine.Engine) -> dict[str, dict[str, Any]]:
     concepts, learned = [random_concept(sd, seed=seed) for seed in (1, 2)], ico_concept(sd)
     picture = np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
+    mask = np.zeros((16, 16), np.float32)
+    mask[3:9, 5:14] = 1
+    like = [engine.ImagePrompt(random_adapter(sd, kind), adapter_picture(1), scale=0.7) for kind in ("plain", "plus")]
     return {
         "plain": {},
+        "like a picture": {"image_prompts": like[0]},
+        "like two, without guidance": {"image_prompts": like, "guidance_scale": 1.0},
+        "some like pictures": {"images_per_prompt": 3, "image_prompts": [None, like[1:], like]},
+        "parallel, like a picture": {"customization": engine.Infusion(concepts[:1]), "image_prompts": like[1]},
+        "dci, like a picture": {"customization": engine.DCI("cat", fraction=0.5), "image_prompts": like[0]},
         "two nouns": {
             "customization": engine.Infusion([concepts[0], replace(concepts[1], noun="boat")]),
             "prompt": "a photo of a boat and a cat",
@@ -67,6 +78,20 @@ def _kinds(sd: engine.Engine) -> dict[str, dict[str, Any]]:
         "rescaled": {"guidance_rescale": 0.6},
         "three": {"images_per_prompt": 3, "negative_prompt": "blue"},
         "from a picture": {"image": picture, "strength": 0.6},
+        "inpainted": {"image": picture, "mask": mask, "strength": 0.7},
+        "inpainted as a whole": {"image": picture, "mask": mask, "mask_blur": 2.0, "strength": 1.0},
+        "inpainted by two branches": {
+            "image": picture,
+            "mask": 1 - mask,
+            "customization": engine.DCI("cat", fraction=0.5, noise="independent"),
+        },
+        "inpainted on a foundation": {
+            "image": picture,
+            "mask": mask,
+            "mask_padding": 1,
+            "customization": engine.Infusion(concepts[:1]),
+        },
+        "varied": {"variation_seed": [4, 5], "variation_strength": 0.4, "images_per_prompt": 2},
         "parallel": {"customization": engine.Infusion(concepts[:1])},
         "shared": {"customization": engine.Infusion(concepts[1:], foundation="shared")},
         "follower without guidance": {"customization": engine.Infusion(concepts[:1]), "guidance_scale": 1.0},
@@ -81,6 +106,18 @@ def _kinds(sd: engine.Engine) -> dict[str, dict[str, Any]]:
             "customization": engine.DCI("cat", "boat", fraction=1.0, noise="independent", guidance="own", strength=0.5)
         },
         "dci twice": {"customization": engine.DCI("cat", fraction=0.3), "images_per_prompt": 2},
+        "long": {"prompt": _LONG},
+        "longer, with a long negative prompt": {"prompt": _LONGER, "negative_prompt": "red " * 90},
+        "long and short": {"prompt": [PROMPT, _LONG], "images_per_prompt": 1, "seed": [40, 41]},
+        "long, parallel": {"prompt": _LONG, "customization": engine.Infusion(concepts[:1])},
+        "longer, shared": {"prompt": _LONGER, "customization": engine.Infusion(concepts[1:], foundation="shared")},
+        "long, dci": {"prompt": _LONG, "customization": engine.DCI("cat", fraction=0.5)},
+        "longer, dci": {"prompt": _LONGER, "customization": engine.DCI("cat", fraction=0.5)},
+        "edited": {"prompt": "a [red:blue:0.5] cat", "negative_prompt": "[dark:2]"},
+        "edited to be long": {"prompt": f"a [cat:{_LONG}:2]", "customization": engine.Infusion(concepts[:1])},
+        "alternating": {"prompt": "a [red|blue|] cat", "customization": engine.DCI("cat", fraction=0.5)},
+        "of an earlier layer": {"clip_skip": 1},
+        "cut off": {"prompt": _LONGER, "long_prompts": "truncate"},
     }
 
 
@@ -138,6 +175,61 @@ def test_every_sampler_joins_and_leaves(small: engine.Engine, sampler: str) -> N
         stepper([joined, beside])
     denoise(stepper, joined, lambda _i, _x: True)
     assert _error(joined, alone) < 1e-5
+
+
+@pytest.mark.parametrize("size", [exactly, bucket])
+@torch.no_grad()
+def test_inpainting_models_step_with_one_another(inpainting: engine.Engine, size: Size) -> None:
+    """Each row is told its own mask and picture."""
+    kinds = {
+        name: {"sampler": sampler, "seed": 10 * i, "steps": 3 + i} | options
+        for i, ((name, options), sampler) in enumerate(
+            zip(
+                ((name, one) for name, one in _kinds(inpainting).items() if "mask" in one),
+                ("ddim", "heun", "euler_ancestral", "unipc"),
+                strict=True,
+            )
+        )
+    }
+    alone = {name: _begin(inpainting, **options) for name, options in kinds.items()}
+    for one in alone.values():
+        denoise(inpainting.stepper(), one, lambda _i, _x: True)
+    together = {name: _begin(inpainting, **options) for name, options in kinds.items()}
+    _step_at_random(inpainting.stepper(size), list(together.values()), 0)
+    for name, one in together.items():
+        assert _error(one, alone[name]) < 1e-5, name
+
+
+@torch.no_grad()
+def test_a_plain_row_beside_an_inpainted_one_keeps_nothing(small: engine.Engine) -> None:
+    """To the bit: what is blended into it has a factor of zero."""
+    mask = np.zeros((16, 16), bool)
+    mask[4:, 4:] = True
+    picture = np.full((16, 16, 3), 0.5, np.float32)
+    plain, inpainted = _begin(small), _begin(small, image=picture, mask=mask, strength=1.0)
+    phase, offsets = join_phases([plain.plan, inpainted.plan], [plain.timetable, inpainted.timetable], exactly)
+    state = join_states([plain, inpainted], offsets, phase)
+    assert state.inpainting is not None
+    x = torch.randn_like(state.x)
+    kept = state.inpainting.keep(x, phase.coefficients, state.positions)
+    assert torch.equal(kept[0], x[0])
+    assert not torch.equal(kept[1], x[1])
+    assert join_states([plain], offsets[:1], phase).inpainting is None
+
+
+@torch.no_grad()
+def test_generators_join(small: engine.Engine) -> None:
+    """What one of them draws for several images depends on nothing beside it."""
+
+    def begin() -> Denoising:
+        generator = torch.Generator().manual_seed(6)
+        return _begin(small, images_per_prompt=2, generator=generator, seed=None, sampler="euler_ancestral")
+
+    alone, joined = begin(), begin()
+    denoise(small.stepper(), alone, lambda _i, _x: True)
+    _step_at_random(small.stepper(), [joined, _begin(small, seed=9, prompt="a red boat")], seed=0)
+    assert _error(joined, alone) < 1e-5
+    assert _error(joined, _begin(small, images_per_prompt=2, seed=6)) > 1e-2
 
 
 @torch.no_grad()

@@ -263,7 +263,7 @@ def test_openai_edits_and_models(openai_client: openai.OpenAI) -> None:
     answer = openai_client.images.edit(image=picture, prompt=PROMPT, n=2, extra_body=QUICK | {"strength": 0.7})
     assert answer.data is not None
     assert len(answer.data) == 2
-    with pytest.raises(openai.BadRequestError, match="masks are not supported"):
+    with pytest.raises(openai.BadRequestError, match="mask must have transparent pixels"):
         openai_client.images.edit(image=picture, mask=picture, prompt=PROMPT)
     (model,) = openai_client.models.list().data
     assert openai_client.models.retrieve(model.id) == model
@@ -315,6 +315,16 @@ def test_a1111_pictures(small: engine.Engine, webui: webuiapi.WebUIApi) -> None:
     assert abs(np.asarray(again.image).astype(int) - np.asarray(expected.images[0])).max() <= 1
 
 
+def test_a1111_clip_skip(small: engine.Engine, webui: webuiapi.WebUIApi) -> None:
+    options = {"prompt": PROMPT, "seed": 1, "cfg_scale": 5.0, "width": 16, "height": 16}
+    ours = webui.txt2img(**options, override_settings={"CLIP_stop_at_last_layers": 2})
+    expected = small.generate(
+        PROMPT, seed=1, guidance_scale=5.0, width=16, height=16, steps=3, sampler="euler", clip_skip=1, progress=False
+    )
+    assert abs(np.asarray(ours.image).astype(int) - np.asarray(expected.images[0])).max() <= 1
+    assert "Clip skip: 2" in ours.info["infotexts"][0]
+
+
 def test_a1111_lists_and_options(webui: webuiapi.WebUIApi) -> None:
     assert "DPM++ 2M Karras" in [one["name"] for one in webui.get_samplers()]
     (model,) = webui.get_sd_models()
@@ -329,12 +339,13 @@ def test_a1111_lists_and_options(webui: webuiapi.WebUIApi) -> None:
     ("options", "message"),
     [
         ({"enable_hr": True}, "enable_hr must be False on this server, got True"),
-        ({"subseed_strength": 0.5}, "subseed_strength must be 0"),
+        ({"subseed_strength": 1.5}, "variation_strength must be a finite number from 0 to 1, got 1.5"),
         ({"styles": ["anime"]}, "styles must be"),
         ({"sampler_name": "DPM fast"}, "sampler_name must be one of DDIM, PLMS"),
         ({"scheduler": "Turbo"}, "scheduler must be one of Automatic, Karras"),
         ({"eta": 0.5}, "eta must be 1 for Euler a"),
-        ({"override_settings": {"CLIP_stop_at_last_layers": 2}}, "CLIP_stop_at_last_layers must be 1"),
+        ({"override_settings": {"CLIP_stop_at_last_layers": 0}}, "CLIP_stop_at_last_layers must be an integer >= 1"),
+        ({"override_settings": {"CLIP_stop_at_last_layers": 3}}, "clip_skip must leave one of the text encoder's 2"),
         ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": True}]}}}, "alwayson_scripts must be empty"),
     ],
 )

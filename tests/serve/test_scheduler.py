@@ -10,6 +10,7 @@ from typing import Any
 
 import pytest
 import torch
+from PIL import Image
 
 import engine
 from engine.errors import DeadlineError, NonFiniteError, QueueFullError
@@ -47,18 +48,25 @@ def _held(scheduler: Scheduler, **options: Any) -> tuple[Job, Gate]:
 
 
 def test_results_are_those_of_generate(small: engine.Engine, scheduler: Scheduler) -> None:
+    mask = Image.new("1", (20, 16))
+    mask.paste(1, (3, 4, 9, 12))
     requests: list[dict[str, Any]] = [
         {"seed": 1},
         {"seed": [2, 3], "images_per_prompt": 2, "sampler": "euler_ancestral", "steps": 7},
         {"seed": 4, "customization": engine.Infusion([random_concept(small)]), "output": "numpy"},
         {"seed": 5, "customization": engine.DCI("cat", fraction=0.5)},
         {"seed": 6, "height": 24, "width": 8, "output": "latent"},
+        {"seed": 9, "image": Image.new("RGB", (20, 16), "blue"), "mask": mask, "mask_padding": 2},
         {"seed": 7, "attention_words": ["cat"], "guidance_scale": 1.0},
         {"seed": 8, "customization": engine.DCI("cat", fraction=0.5), "record_masks": True},
+        {"seed": 9, "prompt": PROMPT + " in the snow" * 30},
+        {"seed": 10, "prompt": PROMPT + " in the snow" * 60, "attention_words": ["cat"]},
+        {"seed": 11, "prompt": f"[{PROMPT}:a dog{' in the snow' * 30}:0.5]", "clip_skip": 1},
     ]
-    jobs = [scheduler.submit(PROMPT, **(QUICK | one)) for one in requests]
+    requests = [QUICK | {"prompt": PROMPT} | one for one in requests]
+    jobs = [scheduler.submit(**one) for one in requests]
     for job, one in zip(jobs, requests, strict=True):
-        ours, theirs = job.result(60), small.generate(PROMPT, **(QUICK | one))
+        ours, theirs = job.result(60), small.generate(**one)
         assert (ours.latents - theirs.latents).norm() <= 1e-5 * theirs.latents.norm()
         assert ours.settings == theirs.settings
         assert ours.seeds == theirs.seeds
@@ -70,6 +78,26 @@ def test_results_are_those_of_generate(small: engine.Engine, scheduler: Schedule
         if theirs.attention is not None and ours.attention is not None:
             assert abs(ours.attention.heat_map("cat") - theirs.attention.heat_map("cat")).max() < 1e-3
     assert scheduler.counts["done"] == len(requests)
+
+
+def test_what_cannot_be_encoded_is_refused_at_once(scheduler: Scheduler) -> None:
+    for options, message in (
+        ({"clip_skip": 2}, "clip_skip must leave one"),
+        ({"long_prompts": "error", "prompt": "red " * 80}, "must fit into one chunk"),
+        ({"prompt": "a [dog:cat:2]", "customization": engine.DCI("cat")}, "must contain 'cat'"),
+    ):
+        with pytest.raises(ValueError, match=message):
+            scheduler.submit(**(QUICK | {"prompt": PROMPT} | options))
+
+
+def test_prompts_of_few_chunks_share_steps(scheduler: Scheduler) -> None:
+    first, gate = _held(scheduler)
+    jobs = [scheduler.submit(PROMPT + " in the snow" * n, seed=n, **QUICK) for n in (30, 60)]
+    before = scheduler.counts["steps"]
+    gate.open.set()
+    for job in (first, *jobs):
+        job.result(60)
+    assert scheduler.counts["steps"] - before == 4 + 4, "two chunks with one, three alone"
 
 
 def test_requests_share_steps(scheduler: Scheduler) -> None:

@@ -27,10 +27,10 @@ def test_tokens_and_spans(small: engine.Engine) -> None:
 
 def test_what_is_cut_off_is_quoted(small: engine.Engine) -> None:
     prompt = "red " * 75 + "blue cat"
-    assert small.text_encoder.tokenize(prompt).cut_off == "blue cat"
+    assert small.text_encoder.tokenize(prompt, long_prompts="truncate").cut_off == "blue cat"
     with pytest.warns(UserWarning, match="77 tokens; this part was cut off: 'blue cat'"):
-        small.encode_prompt([prompt])
-    assert small.text_encoder.tokenize("red " * 75).cut_off == ""
+        small.encode_prompt([prompt], long_prompts="truncate")
+    assert small.text_encoder.tokenize("red " * 75, long_prompts="truncate").cut_off == ""
 
 
 _WEIGHTED = ["a red cat", "a (red:1.5) cat", "a (red:1.0) cat", ""]
@@ -63,6 +63,35 @@ def test_a1111_where_there_is_no_mean(small: engine.Engine) -> None:
     assert plain.mean().abs() < 1e-6
     torch.testing.assert_close(weighted[2], 1.5 * plain[2])
     torch.testing.assert_close(weighted[3:], plain[3:])
+
+
+def test_weights_act_chunk_by_chunk() -> None:
+    """As A1111's do: the mean that is restored is a chunk's."""
+    sd = engine.load()
+    plain, weighted = sd.encode_prompt(["a red cat BREAK a blue boat", "a (red:1.5) cat BREAK a blue boat"])
+    torch.testing.assert_close(weighted[:77], sd.encode_prompt("a (red:1.5) cat")[0])
+    assert torch.equal(weighted[77:], plain[77:])
+    moved = sd.encode_prompt("a red cat BREAK a (blue:1.5) boat", weighting="comfyui")[0]
+    torch.testing.assert_close(moved[77:], sd.encode_prompt("a (blue:1.5) boat", weighting="comfyui")[0])
+    torch.testing.assert_close(moved[:77], plain[:77])
+
+
+def test_shorter_prompts_are_filled_with_empty_chunks(small: engine.Engine) -> None:
+    context = small.encode_prompt(["a cat", "a cat BREAK a boat"])
+    assert context.shape == (2, 154, 32)
+    torch.testing.assert_close(context[0, 77:], small.encode_prompt("")[0])
+    torch.testing.assert_close(context[:, :77], small.encode_prompt(["a cat"]).expand(2, -1, -1))
+
+
+def test_clip_skip_must_leave_a_layer(small: engine.Engine) -> None:
+    for call in (
+        lambda: small.generate("a cat", clip_skip=2, steps=1),
+        lambda: small.encode_prompt("a cat", clip_skip=2),
+    ):
+        with pytest.raises(ValueError, match="clip_skip must leave one of the text encoder's 2 layers, got 2"):
+            call()
+    with pytest.raises(ValueError, match="clip_skip must be an integer >= 0, got -1"):
+        small.generate("a cat", clip_skip=-1)
 
 
 def test_an_unknown_rule_is_refused(small: engine.Engine) -> None:

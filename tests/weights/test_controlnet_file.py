@@ -221,7 +221,6 @@ def test_other_files_are_refused_by_name(
         ({"controlnet_conditioning_channel_order": "rbg"}, "channel_order must be rgb or bgr, got 'rbg'"),
         ({"conditioning_embedding_out_channels": [8, 0]}, "must be positive integers, got [8, 0]"),
         ({"addition_embed_type": "text_time"}, "addition_embed_type must be None (SD-v1 family), got 'text_time'"),
-        ({"use_linear_projection": True}, "use_linear_projection must be False"),
         ({"num_union": 6}, "num_union = 6 is not part of the SD-v1 family"),
     ],
     ids=str,
@@ -232,3 +231,14 @@ def test_configs_that_are_not_read(small: engine.Engine, folder: Path, tmp_path:
     (tmp_path / _FILE).write_bytes((folder / _FILE).read_bytes())
     with pytest.raises(ValueError, match=re.escape(message)):
         engine.load_controlnet(tmp_path, small)
+
+
+def test_projections_may_be_linear_as_in_nets_of_sd_2(small: engine.Engine, folder: Path, tmp_path: Path) -> None:
+    config = json.loads((folder / "config.json").read_text()) | {"use_linear_projection": True}
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    tensors = load_file(folder / _FILE)
+    linear = {name: x.flatten(1) if ".proj_" in name and x.ndim == 4 else x for name, x in tensors.items()}
+    assert any(linear[name].ndim != x.ndim for name, x in tensors.items())
+    save_file(linear, tmp_path / _FILE)
+    ours, theirs = (engine.load_controlnet(where, small).state_dict() for where in (tmp_path, folder))
+    assert all(torch.equal(ours[name], x) for name, x in theirs.items())

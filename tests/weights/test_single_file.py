@@ -37,6 +37,17 @@ def test_the_command_merges_and_writes(folder: Path, tmp_path: Path, capsys: pyt
     assert [path.name for path in tmp_path.glob(".*")] == []
 
 
+def test_an_inpainting_model(tmp_path: Path) -> None:
+    """Its nine channels are read off the file's own shapes."""
+    save_pipeline("sd_like", tmp_path / "folder", in_channels=9)
+    sd, path = engine.load(tmp_path / "folder"), tmp_path / "inpainting.safetensors"
+    save_single_file(path, sd.unet, sd.vae, sd.text_encoder.model, sd.schedule, torch.float32)
+    again = engine.load(path)
+    assert again.unet.config.in_channels == 9
+    assert again.limits.takes_masks
+    assert torch.equal(again.unet.conv_in.weight, sd.unet.conv_in.weight)
+
+
 def test_what_a_file_cannot_tell_is_refused(folder: Path, small: engine.Engine, tmp_path: Path) -> None:
     path = tmp_path / "x.safetensors"
     with pytest.raises(ValueError, match="a single file does not tell heads, so that must be SD v1's, 8, got 3"):

@@ -13,7 +13,9 @@ from typing import Any
 from fastapi import APIRouter, Request
 from pydantic import BaseModel, ConfigDict, Field
 
+from ...checks import check_integer
 from ...result import A1111_SAMPLERS, A1111_SCHEDULES
+from .decode import black_and_white
 from .errors import ERRORS
 from .own import preview_of
 from .service import Service
@@ -24,7 +26,6 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "restore_faces": (False, None),
     "tiling": (False, None),
     "styles": ([], None),
-    "subseed_strength": (0, None),
     "seed_resize_from_h": (0, -1, None),
     "seed_resize_from_w": (0, -1, None),
     "script_name": ("", None),
@@ -34,19 +35,20 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "s_noise": (1, None),
     "resize_mode": (0, None),
     "initial_noise_multiplier": (1, None),
-    "mask": ("", None),
+    "mask": ("", None),  # of txt2img
     "image_cfg_scale": (1.5, 1, 0, None),
 }
 # what matters only together with one of those, or to the server's own files
 _MOOT = frozenset((
     "hr_scale", "hr_upscaler", "hr_second_pass_steps", "hr_resize_x", "hr_resize_y", "hr_checkpoint_name",
     "hr_sampler_name", "hr_scheduler", "hr_prompt", "hr_negative_prompt", "hr_cfg", "hr_additional_modules",
-    "firstphase_width", "firstphase_height", "subseed", "s_tmax", "s_min_uncond", "script_args", "refiner_switch_at",
+    "firstphase_width", "firstphase_height", "s_tmax", "s_min_uncond", "script_args", "refiner_switch_at",
     "do_not_save_samples", "do_not_save_grid", "save_images", "send_images", "override_settings_restore_afterwards",
     "mask_blur", "mask_blur_x", "mask_blur_y", "mask_round", "inpainting_fill", "inpaint_full_res",
     "inpaint_full_res_padding", "inpainting_mask_invert", "include_init_images", "disable_extra_networks",
     "latent_mask", "firstpass_image", "comments", "infotext", "force_task_id", "distilled_cfg_scale",
 ))  # fmt: skip
+_STOP_AT = "CLIP_stop_at_last_layers"
 _SCHEDULES: dict[str, str | None] = {"automatic": None, "": None}
 _SCHEDULES |= {one.lower(): ours for ours, label in A1111_SCHEDULES.items() for one in (ours, label)}
 _SAMPLERS = {name.lower(): ours for ours, name in A1111_SAMPLERS.items()} | {ours: ours for ours in A1111_SAMPLERS}
@@ -58,6 +60,8 @@ class Txt2Img(BaseModel):
     prompt: str = ""
     negative_prompt: str | None = ""
     seed: int | None = -1
+    subseed: int | None = -1
+    subseed_strength: float | None = 0
     steps: int | None = 20
     cfg_scale: float | None = 7.0
     width: int | None = None
@@ -74,7 +78,16 @@ class Txt2Img(BaseModel):
 
 
 class Img2Img(Txt2Img):
+    """What concerns masks has A1111's defaults, and means nothing without one."""
+
     init_images: list[str] = Field(min_length=1, max_length=1)
+    mask: str | None = None
+    mask_blur: float | None = None
+    mask_blur_x: float | None = 4
+    mask_blur_y: float | None = 4
+    inpaint_full_res: bool | None = True
+    inpaint_full_res_padding: int | None = 0
+    inpainting_mask_invert: bool | None = False
 
 
 class NewOptions(BaseModel):
@@ -85,8 +98,17 @@ def make_router(service: Service) -> APIRouter:
     router = APIRouter(prefix="/sdapi/v1", responses=ERRORS)
 
     async def draw(body: Txt2Img, request: Request) -> dict[str, Any]:
-        image = body.init_images[0] if isinstance(body, Img2Img) else None
-        entry = await service.start(body.prompt, _options(service, body), client=request.state.client, image=image)
+        image, mask, inverted = None, None, False
+        if isinstance(body, Img2Img):
+            image, mask, inverted = body.init_images[0], body.mask or None, bool(body.inpainting_mask_invert)
+        entry = await service.start(
+            body.prompt,
+            _options(service, body),
+            client=request.state.client,
+            image=image,
+            mask=mask,
+            read_mask=black_and_white(inverted),
+        )
         out = await service.result(request, entry)
         pictures = await asyncio.to_thread(entry.pictures_base64)
         info = {
@@ -101,7 +123,11 @@ def make_router(service: Service) -> APIRouter:
             "sampler_name": A1111_SAMPLERS[out.settings["sampler"]],
             "infotexts": [out.parameters(i) for i in range(len(out.images))],
         }
-        return {"images": pictures, "parameters": body.model_dump(exclude={"init_images"}), "info": json.dumps(info)}
+        return {
+            "images": pictures,
+            "parameters": body.model_dump(exclude={"init_images", "mask"}),
+            "info": json.dumps(info),
+        }
 
     @router.post("/txt2img")
     async def txt2img(body: Txt2Img, request: Request) -> dict[str, Any]:
@@ -174,7 +200,9 @@ def _options(service: Service, body: Txt2Img) -> dict[str, Any]:
                 raise ValueError(f"{name} must be {_NEUTRAL[name][0]!r} on this server, got {value!r}")
         elif name not in _MOOT:
             raise ValueError(f"{name} is no field that this server knows, got {value!r}")
-    _check_options(service, body.override_settings or {})
+    overrides = dict(body.override_settings or {})
+    stop_at = overrides.pop(_STOP_AT, 1)
+    _check_options(service, overrides)
     scripts = {name: given for name, given in (body.alwayson_scripts or {}).items() if _acts(given)}
     if scripts:
         raise ValueError(f"alwayson_scripts must be empty on this server, got {', '.join(sorted(scripts))}")
@@ -190,20 +218,45 @@ def _options(service: Service, body: Txt2Img) -> dict[str, Any]:
         "steps": 20 if body.steps is None else body.steps,
         "guidance_scale": 7.0 if body.cfg_scale is None else body.cfg_scale,
         "sampler": sampler,
+        "clip_skip": check_integer(_STOP_AT, stop_at, 1) - 1,  # 1 leaves out none
         "images_per_prompt": (body.batch_size or 1) * (body.n_iter or 1),
         "schedule": _SCHEDULES[(body.scheduler or "").lower()],
         "width": body.width,
         "height": body.height,
+        **_seeds(body),
     }
-    if body.seed not in (None, -1):
-        given["seed"] = body.seed
     if body.eta is not None and sampler == "ddim":  # elsewhere it changes nothing, or is what the sampler does anyway
         given["eta"] = body.eta
     if sampler == "euler_ancestral" and body.eta not in (None, 1):
         raise ValueError(f"eta must be 1 for Euler a on this server, got {body.eta}")
     if isinstance(body, Img2Img):
         given["strength"] = 0.75 if body.denoising_strength is None else body.denoising_strength
+        given |= _of_mask(body) if body.mask else {}
     return {name: value for name, value in given.items() if value is not None}
+
+
+def _of_mask(body: Img2Img) -> dict[str, Any]:
+    more = body.model_extra or {}
+    for name, wanted in (("inpainting_fill", 1), ("mask_round", False)):
+        if more.get(name, wanted) not in (wanted, None):
+            raise ValueError(f"{name} must be {wanted!r} with a mask on this server, got {more[name]!r}")
+    blur = body.mask_blur
+    if blur is None:
+        blur = body.mask_blur_x or 0
+        if blur != (body.mask_blur_y or 0):
+            got = f"got {body.mask_blur_x} and {body.mask_blur_y}"
+            raise ValueError(f"mask_blur_x and mask_blur_y must be alike on this server, {got}")
+    return {"mask_blur": blur, "mask_padding": (body.inpaint_full_res_padding or 0) if body.inpaint_full_res else None}
+
+
+def _seeds(body: Txt2Img) -> dict[str, Any]:
+    """Seeds that are not to be drawn."""
+    given: dict[str, Any] = {} if body.seed in (None, -1) else {"seed": body.seed}
+    if body.subseed_strength:
+        given["variation_strength"] = body.subseed_strength
+        if body.subseed not in (None, -1):
+            given["variation_seed"] = body.subseed
+    return given
 
 
 def _acts(given: Any) -> bool:
@@ -213,7 +266,7 @@ def _acts(given: Any) -> bool:
 
 
 def _server_options(service: Service) -> dict[str, Any]:
-    return {"sd_model_checkpoint": service.model_name, "CLIP_stop_at_last_layers": 1, "samples_format": "png"}
+    return {"sd_model_checkpoint": service.model_name, _STOP_AT: 1, "samples_format": "png"}
 
 
 def _check_options(service: Service, given: dict[str, Any]) -> None:

@@ -30,7 +30,7 @@ class Entry:
         id: unguessable where the client chose none.
         digest: of what was asked; the same id with another is a mistake.
         step, total: how far it is.
-        latents: (4, h, w) of its first picture after the last step.
+        latents: (4, h, w), the clean ones that the model predicts for its first picture, as of the last step.
         watchers: called after each step, in the scheduler's thread.
         ended: when it was done, by ``time.monotonic``.
         pictures: encoded ones by number, format and whether of the foundation, made when first asked for.

@@ -19,6 +19,7 @@ from starlette.datastructures import UploadFile
 
 from ...result import Result
 from .book import Entry, base64_of, failure
+from .decode import from_transparency, transparency
 from .errors import ERRORS, describe
 from .own import event, preview_of
 from .service import Service
@@ -33,7 +34,10 @@ _MODELS_OWN = (
     "strength",
     "weighting",
     "schedule",
+    "mask_blur",
+    "mask_padding",
 )
+_NUMBERS = ("steps", "guidance_scale", "eta", "seed", "strength", "mask_blur", "mask_padding")
 _CUSTOM = ("concepts", "foundation", "concept_strength", "dci", "auxiliary_noun", "dci_strength", "dci_fraction")
 _NEUTRAL: dict[str, tuple[Any, ...]] = {  # fields that this model cannot honour, and the values that ask for nothing
     "quality": (None, "auto", "standard"),
@@ -64,7 +68,7 @@ def make_router(service: Service) -> APIRouter:
 
     @router.post("/images/generations")
     async def generations(body: ImagesRequest, request: Request) -> Response:
-        return await _draw(service, request, body, None)
+        return await _draw(service, request, body, None, None)
 
     @router.post(
         "/images/edits",
@@ -78,6 +82,7 @@ def make_router(service: Service) -> APIRouter:
                             "required": ["image", "prompt"],
                             "properties": {
                                 "image": {"type": "string", "format": "binary"},
+                                "mask": {"type": "string", "format": "binary"},
                                 "prompt": {"type": "string"},
                                 "n": {"type": "integer", "minimum": 1},
                                 "size": {"type": "string"},
@@ -90,23 +95,25 @@ def make_router(service: Service) -> APIRouter:
         },
     )
     async def edits(request: Request) -> Response:
-        """Draw from a picture; ``strength`` says how much of it is redrawn."""
+        """Draw from a picture, or where the mask is transparent; ``strength`` says how far that is redrawn."""
         values: dict[str, Any] = {}
-        pictures: list[str] = []
+        pictures: dict[str, list[str]] = {"image": [], "mask": []}
         async with request.form(max_files=4, max_fields=64, max_part_size=service.limits.body_bytes) as form:
             for name, value in form.multi_items():
                 plain = name.removesuffix("[]")
                 if isinstance(value, UploadFile):
-                    if plain != "image":
-                        raise ValueError(f"a file must be named image, got {name!r}: masks are not supported")
-                    pictures.append(base64_of(await value.read()))
+                    if plain not in pictures:
+                        raise ValueError(f"a file must be named image or mask, got {name!r}")
+                    pictures[plain].append(base64_of(await value.read()))
                 elif name.endswith("[]"):
                     values.setdefault(plain, []).append(value)
                 else:
                     values[name] = _number(plain, value)
-        if len(pictures) != 1:
-            raise ValueError(f"image must be one picture, got {len(pictures)}")
-        return await _draw(service, request, ImagesRequest.model_validate(values), pictures[0])
+        images, masks = pictures["image"], pictures["mask"]
+        if len(images) != 1 or len(masks) > 1:
+            raise ValueError(f"image must be one picture, mask one or none; got {len(images)} and {len(masks)}")
+        mask = masks[0] if masks else None
+        return await _draw(service, request, ImagesRequest.model_validate(values), images[0], mask)
 
     @router.get("/models")
     async def models() -> dict[str, Any]:
@@ -121,11 +128,16 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-async def _draw(service: Service, request: Request, body: ImagesRequest, image: str | None) -> Response:
+async def _draw(
+    service: Service, request: Request, body: ImagesRequest, image: str | None, mask: str | None
+) -> Response:
     if body.stream and (body.n or 1) != 1:
         raise ValueError(f"n must be 1 where stream is true, got {body.n}")
     client = body.user or request.state.client
-    entry = await service.start(body.prompt, _options(service, body), client=client, image=image)
+    # a picture without a mask is its own, where it is transparent
+    mask, read_mask = (image, transparency) if mask is None else (mask, from_transparency)
+    options = _options(service, body)
+    entry = await service.start(body.prompt, options, client=client, image=image, mask=mask, read_mask=read_mask)
     if body.stream:
         kind = "image_generation" if image is None else "image_edit"
         return StreamingResponse(_events(service, entry, body, kind), media_type="text/event-stream")
@@ -204,7 +216,7 @@ def _facts(out: Result, form: str) -> dict[str, Any]:
 
 def _number(name: str, value: str) -> Any:
     """A form's field, which is text, as what JSON would have it."""
-    if name not in ("n", "partial_images", "stream", "steps", "guidance_scale", "eta", "seed", "strength"):
+    if name not in ("n", "partial_images", "stream", *_NUMBERS):
         return value
     if name == "stream":
         return {"true": True, "false": False}.get(value, value)

@@ -31,6 +31,9 @@ class _Common(BaseModel):
     image: str | Annotated[list[str], Field(min_length=1, max_length=64)] | None = Field(
         None, description="picture(s) to start from, base64"
     )
+    mask: str | Annotated[list[str], Field(min_length=1, max_length=64)] | None = Field(
+        None, description="what of them to redraw, white, and what to keep, black; base64"
+    )
     mode: Literal["wait", "stream", "job"] = Field(
         "wait", description="answer with the pictures; with events as they come; or at once with a job's id (202)"
     )
@@ -83,6 +86,7 @@ def make_router(service: Service) -> APIRouter:
             given,
             client=request.state.client,
             image=body.image,
+            mask=body.mask,
             request_id=body.request_id,
             deadline=body.deadline,
         )

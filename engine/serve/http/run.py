@@ -14,6 +14,7 @@ import uvicorn
 
 from ...engine import Engine
 from ...weights.checkpoint import ASSETS
+from ...weights.tiny_vae_file import read_tiny_decoder
 from ..fleet import Fleet
 from ..scheduler import Scheduler
 from .app import make_app
@@ -34,6 +35,7 @@ class ServeOptions:
         max_rows, max_waiting: see ``Scheduler``.
         log_prompts: whether the log holds what is asked for.
         grace_seconds: for which what runs goes on when it is told to stop.
+        preview_vae: file of a TAESD, which then makes the previews; see ``read_tiny_decoder``.
         limits: of clients.
     """
 
@@ -44,6 +46,7 @@ class ServeOptions:
     max_waiting: int = 64
     log_prompts: bool = False
     grace_seconds: float = 30.0
+    preview_vae: Path | None = None
     limits: Limits = field(default_factory=Limits)
 
 
@@ -86,15 +89,17 @@ def serve(sd: Engine, options: ServeOptions, tokens: Sequence[str], fleet: Fleet
 
     Raises:
         ValueError: it would be open to other machines without a token.
+        CheckpointError: the previews' decoder cannot be read, or does not fit the model.
     """
     check_address(options.host, tokens)
+    decoder = None if options.preview_vae is None else read_tiny_decoder(options.preview_vae, sd.vae)
     LOG.setLevel(logging.INFO)
     LOG.addHandler(handler := logging.StreamHandler())
     handler.setFormatter(logging.Formatter("%(message)s"))
     with tempfile.TemporaryDirectory(prefix="twinstream-") as temporary:
         shelf = Shelf(sd, options.concepts or Path(temporary), ASSETS / "concepts")
         scheduler = Scheduler(sd, options.max_rows, options.max_waiting) if fleet is None else fleet
-        service = Service(scheduler, shelf, options.limits)
+        service = Service(scheduler, shelf, options.limits, decoder)
         app = make_app(service, tokens, options.log_prompts, options.grace_seconds)
         config = uvicorn.Config(
             app,

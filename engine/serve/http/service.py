@@ -3,28 +3,26 @@
 from __future__ import annotations
 
 import asyncio
-import base64
-import binascii
 import hashlib
-import io
 import json
 import time
-import warnings
 from collections import Counter, defaultdict
 from collections.abc import AsyncIterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
-from PIL import Image, UnidentifiedImageError
+from PIL import Image
 from starlette.requests import Request
 
 from ...methods.asked import take_asked
+from ...models.tiny_vae import DecoderTiny
 from ...observe.progress import Callback
 from ...result import Result
 from ..fleet import Fleet
 from ..queue import Queued
 from ..scheduler import Scheduler
 from .book import Book, Entry, failure
+from .decode import MaskReader, as_it_is, decoded
 from .previews import Previews
 from .shelf import Shelf
 
@@ -32,7 +30,8 @@ _LOOK_EVERY = 0.25  # seconds after which a client that waits is asked whether i
 # what JSON can say of the options; the others are tensors, functions, or of the server
 OVER_HTTP = (
     "negative_prompt", "steps", "guidance_scale", "sampler", "eta", "height", "width", "seed", "images_per_prompt",
-    "strength", "weighting", "schedule", "guidance_rescale", "vae_slicing", "vae_tiling",
+    "strength", "weighting", "schedule", "guidance_rescale", "vae_slicing", "vae_tiling", "mask_blur", "mask_padding",
+    "long_prompts", "clip_skip", "variation_seed", "variation_strength",
 )  # fmt: skip
 
 
@@ -63,14 +62,22 @@ class GoneError(Exception):
 class Service:
     """One model behind all interfaces.
 
+    Args:
+        scheduler: who draws; closed by the application.
+        shelf: of concepts.
+        limits: of clients.
+        decoder: makes previews; the linear map of ``Previews`` where not given.
+
     Attributes:
         requests: answers by path and status.
         seconds: that they took, by path.
     """
 
-    def __init__(self, scheduler: Scheduler | Fleet, shelf: Shelf, limits: Limits) -> None:
+    def __init__(
+        self, scheduler: Scheduler | Fleet, shelf: Shelf, limits: Limits, decoder: DecoderTiny | None = None
+    ) -> None:
         self.scheduler, self.sd, self.shelf, self.limits = scheduler, scheduler.sd, shelf, limits
-        self.book, self.previews = Book(limits.keep_seconds), Previews(scheduler.sd.vae)
+        self.book, self.previews = Book(limits.keep_seconds), Previews(scheduler.sd.vae, decoder)
         self.started = time.time()
         self.requests: Counter[tuple[str, int]] = Counter()
         self.seconds = defaultdict[str, float](float)
@@ -87,6 +94,8 @@ class Service:
         *,
         client: str,
         image: str | list[str] | None = None,
+        mask: str | list[str] | None = None,
+        read_mask: MaskReader = as_it_is,
         request_id: str | None = None,
         deadline: float | None = None,
     ) -> Entry:
@@ -97,25 +106,31 @@ class Service:
             given: options of ``generate`` that are in ``OVER_HTTP``, and of ``methods.asked.Asked``, concepts by name.
             client: between whom steps are shared.
             image: base64 of the picture(s) to start from.
+            mask: likewise, of what says what of them to redraw; ``read_mask`` makes masks of it, or None where it says
+                nothing.
             request_id, deadline: see ``Book.add`` and ``Scheduler.submit``.
 
         Raises:
             ValueError: something cannot be honoured.
             QueueFullError, DeadlineError: see ``Scheduler.submit``.
         """
-        decides = json.dumps([prompt, dict(given), image], sort_keys=True)
+        decides = json.dumps([prompt, dict(given), image, mask], sort_keys=True)
         digest = hashlib.sha256(decides.encode()).hexdigest()
 
         def submit(on_step: Callback) -> Queued:
             values = dict(given)
             asked = take_asked(values)
-            self._check_limits(prompt, values)
-            if image is not None:
-                pictures = [_decoded(one, self.limits.pixels) for one in ([image] if isinstance(image, str) else image)]
-                values["image"] = pictures[0] if len(pictures) == 1 else pictures
+            n_images = self._check_limits(prompt, values)
+            pictures = self._decoded("image", image)
+            masks = [read for one in self._decoded("mask", mask) if (read := read_mask(one)) is not None]
+            for name, given_ones in (("image", pictures), ("mask", masks)):
+                if given_ones:
+                    values[name] = given_ones[0] if len(given_ones) == 1 else given_ones
+            self._check_pasted(pictures, n_images, values)
             custom = asked.make(self.shelf.load)
+            watched = {"callback": on_step, "callback_latents": "clean"}
             return self.scheduler.submit(
-                prompt, client=client, deadline=deadline, customization=custom, callback=on_step, **values
+                prompt, client=client, deadline=deadline, customization=custom, **watched, **values
             )
 
         return await asyncio.to_thread(self.book.add, request_id, digest, submit)
@@ -170,7 +185,20 @@ class Service:
             if cancel and not entry.job.done():
                 entry.job.cancel()
 
-    def _check_limits(self, prompt: str | list[str], values: Mapping[str, Any]) -> None:
+    def _decoded(self, name: str, given: str | list[str] | None) -> list[Image.Image]:
+        return [decoded(name, one, self.limits.pixels) for one in ([given] if isinstance(given, str) else given or ())]
+
+    def _check_pasted(self, pictures: list[Image.Image], n_images: int, values: Mapping[str, Any]) -> None:
+        """Pictures that are pasted into keep their size, which no other limit knows."""
+        if values.get("mask_padding") is None:
+            return
+        most = 4 * self.limits.request_pixels
+        pixels = max((picture.width * picture.height for picture in pictures), default=0) * n_images
+        if pixels > most:
+            raise ValueError(f"pixels of all pictures pasted into must be at most {most} on this server, got {pixels}")
+
+    def _check_limits(self, prompt: str | list[str], values: Mapping[str, Any]) -> int:
+        """Refuse what is too large; returns how many images are asked for."""
         limits, sd = self.limits, self.sd.limits
         prompts = 1 if isinstance(prompt, str) else len(prompt)
         n_images = prompts * _number(values.get("images_per_prompt"), 1)
@@ -184,29 +212,9 @@ class Service:
         ):
             if value > most:
                 raise ValueError(f"{name} must be at most {most} on this server, got {value}")
+        return n_images
 
 
 def _number(value: Any, otherwise: int) -> int:
     """A number that is given as one; what is none is refused by ``generate``."""
     return value if isinstance(value, int) and not isinstance(value, bool) else otherwise
-
-
-def _decoded(text: str, most_pixels: int) -> Image.Image:
-    """A picture from base64, which may be a data URL; nothing is fetched, and no bomb is unpacked."""
-    head, _, tail = text.partition(",")
-    try:
-        data = base64.b64decode(tail if head.startswith("data:") else text, validate=True)
-        with warnings.catch_warnings():
-            warnings.simplefilter("error", Image.DecompressionBombWarning)
-            picture = Image.open(io.BytesIO(data), formats=("PNG", "JPEG", "WEBP", "GIF", "BMP"))
-            if picture.width * picture.height > 16 * most_pixels:
-                size = f"{picture.width}x{picture.height}"
-                raise ValueError(f"image must have at most {16 * most_pixels} pixels on this server, got {size}")
-            picture.load()
-    except binascii.Error as error:
-        raise ValueError(f"image must be a picture in base64: {error}") from error
-    except (
-        UnidentifiedImageError, OSError, SyntaxError, Image.DecompressionBombError, Image.DecompressionBombWarning,
-    ) as error:  # fmt: skip
-        raise ValueError(f"image must be a PNG, JPEG, WebP, GIF or BMP file: {error}") from error
-    return picture
