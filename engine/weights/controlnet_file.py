@@ -108,6 +108,4 @@ def _hint_channels(shapes: Mapping[str, tuple[int, ...]], is_original: bool) -> 
         if name not in shapes:
             break
         names.append(name)
-    if is_original:
-        names.pop()  # what comes last is the output's
-    return tuple(shapes[name][0] for name in names[::2])
+    return tuple(shapes[name][0] for name in names[::2])  # of the original layout's the last, left out, is the output's
