@@ -25,7 +25,7 @@ Everything that `import engine` offers, written from the docstrings by `python -
 here is not public, and may change.
 """
 _ORDER = {
-    "Drawing": ("load", "generate", "Engine", "Result", "SAMPLERS"),
+    "Drawing": ("load", "generate", "Engine", "Result", "SAMPLERS", "read_settings"),
     "Customisation": ("Infusion", "ICO", "DCI", "Concept", "Control", "load_controlnet", "IPAdapter", "ImagePrompt"),
     "Training and importing": ("train_infusion", "train_ico", "import_textual_inversion", "import_custom_diffusion"),
     "Errors": (),  # and whatever is in no other group

@@ -152,7 +152,7 @@ class Result:
 
     def _image_settings(self, i: int) -> dict[str, Any]:
         names = ("prompt", "negative_prompt", "seed", "variation_seed", "customization")
-        per_image = {name: f"{name}s" for name in names}
+        per_image = {name: f"{name}s" for name in names} | {"image_prompts": "image_prompts"}
         shared = {name: value for name, value in self.settings.items() if name not in per_image.values()}
         own = {name: self.settings[many][i] for name, many in per_image.items()}
         words = find_words(f"{own['prompt']}\n{own['negative_prompt']}", dict.fromkeys(self.settings["embeddings"]))

@@ -46,7 +46,7 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     try:
         with Image.open(path) as picture:
             picture.load()  # text may stand behind the pixels
-            text: dict[str, Any] = getattr(picture, "text", None) or dict(picture.info)
+            text: dict[Any, Any] = getattr(picture, "text", None) or picture.info
     except (OSError, UnidentifiedImageError, Image.DecompressionBombError) as error:
         raise ValueError(f"{path}: cannot be read as a picture: {error}") from error
     if isinstance(own := text.get("twinstream"), str):
@@ -54,7 +54,9 @@ def read_settings(path: str | Path) -> dict[str, Any]:
     elif isinstance(parameters := text.get("parameters"), str):
         found = _from_parameters(parameters)
     else:
-        raise ValueError(f"{path}: must hold settings as PNG text, twinstream or parameters, got {sorted(text)}")
+        raise ValueError(
+            f"{path}: must hold settings as PNG text, twinstream or parameters, got {sorted(map(str, text))}"
+        )
     for name in [name for name in found.arguments if name not in _ARGUMENTS]:
         found.unread.append(f"{name}: {found.arguments.pop(name)!r}")
     if found.unread:
@@ -104,7 +106,7 @@ def _read_customization(custom: dict[str, Any], found: _Found) -> None:
     if custom.get("method") == "dci" and not custom.get("concepts"):
         names = ("auxiliary_noun", "strength", "token_scale", "space_scale", "gain", "fraction", "preset", "guidance")
         names += ("noise", "masked", "separate_prompts", "last_layer_only")
-        given = {name: custom[name] for name in names if name in custom} | {"match_cost": False}  # steps say it
+        given: dict[str, Any] = {name: custom[name] for name in names if name in custom}  # steps tell of match_cost
         found.arguments["customization"] = DCI(custom.get("noun", ""), **given)
         return
     concepts = [one if isinstance(one, str) else one.get("name") for one in custom.get("concepts", ())]

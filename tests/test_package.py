@@ -98,9 +98,11 @@ def _imports(name: str, tree: ast.Module, known: set[str]) -> set[str]:
         for inner in ast.walk(node)
     }
     found = set()
+    is_package = any(other.startswith(f"{name}.") for other in known)
+    parts = [*name.split("."), *(["__init__"] if is_package else [])]
     for node in ast.walk(tree):
         if isinstance(node, ast.ImportFrom) and node.level and id(node) not in types_only:
-            base = name.split(".")[: -node.level]
+            base = parts[: -node.level]
             module = ".".join([*base, *([node.module] if node.module else [])])
             found |= {full for alias in node.names if (full := f"{module}.{alias.name}".lstrip(".")) in known} or {
                 module

@@ -42,7 +42,7 @@ class LoRAs:
 
     def choose(self, names: str | Sequence[str], weights: float | Sequence[float | None] | None) -> None:
         wanted = [names] if isinstance(names, str) else list(names)
-        factors = list(weights) if isinstance(weights, list | tuple) else [weights] * len(wanted)
+        factors: list[Any] = list(weights) if isinstance(weights, list | tuple) else [weights] * len(wanted)
         if len(factors) != len(wanted):
             raise ValueError(
                 f"adapter_weights must be one number or one per adapter ({len(wanted)}), got {len(factors)}"
@@ -59,6 +59,8 @@ class LoRAs:
             raise ValueError("fuse_lora needs a LoRA: call load_lora_weights first, got none")
         for name in wanted:
             self.fused[name] = scale * self.active.get(name, 1.0)
+            if name in self.active:  # which stays so where it is unfused, as in diffusers
+                self.active[name] = self.fused[name]
 
     def unload(self) -> None:
         """Take away what is not fused."""

@@ -55,7 +55,7 @@ class Pipeline:
         self._loading = dict(loading)
         self._loaded: Engine | None = None
         self._scheduled: tuple[Engine, ScheduleConfig, Engine] | None = None
-        self._vae_options = {"vae_slicing": False, "vae_tiling": False}
+        self._vae_options: dict[str, Any] = {"vae_slicing": False, "vae_tiling": False}
         self._progress, self._interrupt = True, False
         self._loras, self._tokens = LoRAs(), LearnedTokens()
         self.scheduler = scheduler

@@ -186,6 +186,7 @@ class Options:
         "sampling steps of the second pass's whole schedule; steps where not given.",
         partial(check_integer, low=1),
         optional=True,
+        flags=(),
         setting=True,
     )
     latents: Tensor | None = option(None, "unit-variance start noise (B, 4, h, w), in place of the seeds' own.")

@@ -81,7 +81,7 @@ def _generators(options: Options, n_images: int) -> Generators:
     given = options.generator
     if given is None:
         return ()
-    found = list(given) if isinstance(given, list | tuple) else [given]
+    found: list[Any] = list(given) if isinstance(given, list | tuple) else [given]
     n_given = n_images if isinstance(given, list | tuple) else 1
     if not all(isinstance(one, torch.Generator) for one in found) or len(found) != n_given:
         rule = f"generator must be one torch.Generator, or one per image ({n_images})"
