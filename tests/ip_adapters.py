@@ -3,6 +3,7 @@
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import torch
@@ -18,7 +19,12 @@ KINDS = ("plain", "plus")
 
 def write_image_encoder(folder: Path, seed: int = 0, **sizes: int) -> Path:
     torch.manual_seed(seed)
-    config = {"hidden_size": HIDDEN, "intermediate_size": 64, "num_hidden_layers": 3, "num_attention_heads": 4}
+    config: dict[str, Any] = {
+        "hidden_size": HIDDEN,
+        "intermediate_size": 64,
+        "num_hidden_layers": 3,
+        "num_attention_heads": 4,
+    }
     config |= {"image_size": 28, "patch_size": 14, "projection_dim": EMBED}
     model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config | sizes)).eval()
     for parameter in model.parameters():
@@ -80,7 +86,8 @@ def adapter_tensors(layers: Mapping[str, tuple[int, int]], kind: str, seed: int 
 
 def layers_of(sd: engine.Engine) -> dict[str, tuple[int, int]]:
     """An Engine's cross-attention layers as ``adapter_tensors`` takes them."""
-    shapes = {name: tuple(attn2.to_k.weight.shape) for name, attn2 in sd.unet.cross_attentions.items()}
+    layers = sd.unet.cross_attentions.items()
+    shapes = {name: (attn2.to_k.out_features, attn2.to_k.in_features) for name, attn2 in layers}
     order = sorted(shapes, key=lambda name: "dum".index(name[0]))  # down, up, mid
     return {name: shapes[name] for name in order}
 

@@ -193,6 +193,6 @@ def _load_encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> Ima
     if (folder / "preprocessor_config.json").is_file():
         processor = CLIPImageProcessor.from_pretrained(str(folder), local_files_only=True)
     else:
-        size = model.config.image_size
+        size: Any = model.config.image_size
         processor = CLIPImageProcessor(size={"shortest_edge": size}, crop_size={"height": size, "width": size})
     return ImageEncoder(model, processor)

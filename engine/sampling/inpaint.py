@@ -65,6 +65,17 @@ class Inpainting:
         scale, level = (over_latents(one[positions]) for one in (coefficients.keep_scale, coefficients.keep_noise))
         return (1 - self.kept.mask) * (scale * self.kept.clean + level * self.kept.noise) + self.kept.mask * x
 
+    def before_keeping(self, x: Tensor, coefficients: Coefficients, positions: Tensor) -> Tensor:
+        """What ``keep`` was given, from what it made of it; where nothing is redrawn, ``x`` as it is."""
+        if self.kept is None:
+            return x
+        mask, kept = self.kept.mask, self.keep(torch.zeros_like(x), coefficients, positions)
+        return torch.where(mask > 0, (x - kept) / torch.where(mask > 0, mask, 1.0), x)
+
+    def keep_clean(self, predicted: Tensor) -> Tensor:
+        """Predicted clean latents (B, 4, h, w), with the pictures' own where those are kept."""
+        return predicted if self.kept is None else torch.lerp(self.kept.clean, predicted, self.kept.mask)
+
 
 def start_inpainting(
     pictures: Tensor,

@@ -77,9 +77,12 @@ class Denoising:
         """(I, 4, h, w), what a callback is given after a step."""
         if self.before is None:
             return self.pictures
-        i, plan = self.taken - 1, self.plan
-        noise = self.noise[i][plan.starts] if i < self.timetable.table.noise_draws else None
-        return self.timetable.table.clean_latents(i, *self.before, noise, self.x)[plan.pictures]
+        i, plan, table, inpainting = self.taken - 1, self.plan, self.timetable.table, self.next_inpainting()
+        noise = self.noise[i][plan.starts] if i < table.noise_draws else None
+        if inpainting is None:
+            return table.clean_latents(i, *self.before, noise, self.x)[plan.pictures]
+        after = inpainting.before_keeping(self.x, table.coefficients, torch.full_like(plan.starts, i))
+        return inpainting.keep_clean(table.clean_latents(i, *self.before, noise, after))[plan.pictures]
 
     @property
     def next_plan(self) -> RowPlan:

@@ -2,10 +2,14 @@
 
 from typing import Any
 
+import numpy as np
 import pytest
 import torch
+from PIL import Image
 
 import engine
+from benchmarks.systems import default_request
+from engine.observe.progress import StageClock
 from engine.sampling import step as step_module
 from engine.sampling.samplers import SAMPLERS
 from tests.pipelines import relative_error
@@ -59,6 +63,33 @@ def test_through_phases_and_schedulers(small: engine.Engine) -> None:
         other.result()
     for one, same in zip(alone, shared, strict=True):
         assert relative_error(same, one) <= 1e-3
+
+
+@pytest.mark.parametrize("sampler", ["euler", "dpmpp_2m", "ddpm"])
+@torch.no_grad()
+def test_where_a_picture_is_kept(small: engine.Engine, sampler: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The picture's own latents outside the mask, the prediction within, and both where it is soft."""
+    predicted, real = [], step_module.step
+
+    def noting(coefficients, x, noise_pred, position, history, noise=None):
+        predicted.append((x, noise_pred))
+        return real(coefficients, x, noise_pred, position, history, noise)
+
+    monkeypatch.setattr(step_module, "step", noting)
+    picture = np.random.default_rng(0).random((16, 16, 3)).astype(np.float32)
+    mask = np.zeros((16, 16), np.float32)
+    mask[:, 4:8], mask[:, 8:] = 0.3, 1.0
+    options = {"image": picture, "mask": Image.fromarray((mask * 255).astype(np.uint8)), "strength": 0.9}
+    options |= {"sampler": sampler, "callback_latents": "clean", "steps": 5, "seed": 3}
+    one = small.begin(default_request(small, "a cat", **options), StageClock(small.device))
+    kept, table, stepper = one.inpainting.kept, one.timetable.table, small.stepper()
+    assert sorted(set(kept.mask.flatten().tolist())) == pytest.approx([0, 76 / 255, 1])
+    while not one.is_done:
+        stepper([one])
+        x, output = predicted[-1]
+        i = one.taken - 1
+        clean = table.clean[i, 0] * x + table.clean[i, 1] * output
+        assert relative_error(one.shown, kept.mask * clean + (1 - kept.mask) * kept.clean) <= 1e-3, f"step {i}"
 
 
 def test_refusal(small: engine.Engine) -> None:
