@@ -88,7 +88,6 @@ def test_a_schedulers_config_goes_from_class_to_class(folder) -> None:
         for name, options in (
             ("DPMSolverMultistepScheduler", {"algorithm_type": "sde-dpmsolver++", "use_karras_sigmas": True}),
             ("UniPCMultistepScheduler", {}),
-            ("DEISMultistepScheduler", {}),
             ("EulerDiscreteScheduler", {"timestep_spacing": "trailing"}),
         ):
             pipe.scheduler = getattr(library, name).from_config(pipe.scheduler.config, **options)
