@@ -213,3 +213,41 @@ def test_arrays_of_floats_are_not_rounded(both: _Both) -> None:
     options: dict[str, Any] = {"height": 16, "width": 24, "steps": 4, "guidance_scale": 7.5, "seed": 5}
     out = both.sd.generate("a cat", control=control, output="latent", progress=False, **options)
     assert relative_error(out.latents, expected) <= 2e-6
+
+
+@pytest.mark.parametrize("sampler", ["ddim", "euler"])
+@pytest.mark.parametrize("case", ["one, some steps", "guess mode"])
+def test_inpainting(both: _Both, case: str, sampler: str, agrees) -> None:
+    nets, changes = _CASES[case]
+    start, mask = hint(9, 16, 24), np.zeros((16, 24), np.uint8)
+    mask[4:12, 8:20] = 255
+    expected = both.expected(
+        diffusers.StableDiffusionControlNetInpaintPipeline,
+        sampler,
+        nets,
+        prompt="a red cat",
+        image=start,
+        mask_image=Image.fromarray(mask),
+        strength=0.7,
+        num_inference_steps=10,
+        guidance_scale=5.0,
+        generator=_generators([5]),
+        height=16,
+        width=24,
+        **_their_options(nets, [hint(0, 16, 24)], changes, "control_image"),
+    )
+    out = both.sd.generate(
+        "a red cat",
+        image=start,
+        mask=Image.fromarray(mask),
+        strength=0.7,
+        steps=10,
+        guidance_scale=5.0,
+        seed=5,
+        control=_controls(both, nets, [hint(0, 16, 24)], changes),
+        sampler=sampler,
+        output="latent",
+        progress=False,
+    )
+    against = "StableDiffusionControlNetInpaintPipeline"
+    agrees("ControlNet, inpainting", against, relative_error(out.latents, expected), _TOLERANCE)
