@@ -25,7 +25,7 @@ from engine.observe.sheet import grid
 
 if TYPE_CHECKING:
     from engine import Engine
-    from engine.models.vae import AutoencoderKL
+    from engine.models.tiny_vae import VAE
 
 FIRST_PROMPT = 20_000  # held-out scenes below are looked at while models are trained
 PROMPTED: tuple[str, ...] = ("object", "only_object", "colour", "background", "style", "all")
@@ -97,7 +97,7 @@ def psnr_db(reconstructed: Tensor, pictures: Tensor) -> float:
 
 
 @torch.no_grad()
-def reconstruct(vae: "AutoencoderKL", pictures: Tensor) -> Tensor:
+def reconstruct(vae: "VAE", pictures: Tensor) -> Tensor:
     """decode(encode(x)) as float32 on the CPU."""
     device = next(vae.parameters()).device
     rows = [vae.decode(vae.encode(rows.to(device))) for rows in pictures.split(16)]

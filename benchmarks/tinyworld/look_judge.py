@@ -28,7 +28,7 @@ from benchmarks.tinyworld.scene import EXTRAS, FACINGS, POSITIONS, SIZES, STYLES
 from benchmarks.tinyworld.train_evaluator import soften
 from engine.evaluate.tinyworld import EVALUATOR_PATH, NOUNS, SIDE_PX, Evaluator, load_evaluator
 from engine.loading import load
-from engine.models.vae import AutoencoderKL
+from engine.models.tiny_vae import VAE
 
 CELLS = 16  # side of the grid of a silhouette
 _DRAWINGS, _HELD_OUT, _RECONSTRUCTED = 24_000, 1200, 6000
@@ -129,7 +129,7 @@ def train_look_judge(seed: int = 0) -> LookJudge:
     return through_vae(judge, load().vae, seed)
 
 
-def through_vae(judge: LookJudge, vae: AutoencoderKL, seed: int = 0) -> LookJudge:
+def through_vae(judge: LookJudge, vae: VAE, seed: int = 0) -> LookJudge:
     """Go on with pictures as a VAE gives them back, which is how generated ones look: it blurs stripes and spots."""
     rng = random.Random(f"vae:{seed}")
     _train(judge, [_scene(rng) for _ in range(_RECONSTRUCTED)], _VAE_STEPS, _RATE / 4, seed, vae)
@@ -138,9 +138,7 @@ def through_vae(judge: LookJudge, vae: AutoencoderKL, seed: int = 0) -> LookJudg
     return judge
 
 
-def _train(
-    judge: LookJudge, scenes: Sequence[Scene], steps: int, rate: float, seed: int, vae: AutoencoderKL | None
-) -> None:
+def _train(judge: LookJudge, scenes: Sequence[Scene], steps: int, rate: float, seed: int, vae: VAE | None) -> None:
     """Some steps on drawings of scenes, half of them through a VAE where one is given."""
     judge.requires_grad_(True)
     optimizer = torch.optim.AdamW(judge.parameters(), lr=rate, weight_decay=_WEIGHT_DECAY)
@@ -232,7 +230,7 @@ def _cover(scene: Scene) -> Tensor:
     return torch.from_numpy(silhouettes(scene, CELLS).max(axis=0)).float() / 255
 
 
-def _accuracy(judge: LookJudge, vae: AutoencoderKL, rng: random.Random) -> dict[str, float]:
+def _accuracy(judge: LookJudge, vae: VAE, rng: random.Random) -> dict[str, float]:
     scenes = [_scene(rng) for _ in range(_HELD_OUT)]
     scenes = [scene for scene in scenes if len(scene.things) == 1]
     pictures = reconstruct(vae, to_tensor([draw(scene) for scene in scenes]))

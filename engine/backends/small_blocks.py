@@ -135,7 +135,7 @@ class SmallBlocks:
         self,
         x: Tensor,
         weight: Tensor,
-        bias: Tensor,
+        bias: Tensor | None,
         *,
         stride: int = 1,
         size: tuple[int, int] | None = None,
@@ -158,7 +158,8 @@ class SmallBlocks:
         (B, C, *own), (n_out, _, side, _) = x.shape, weight.shape
         enlarged = size or own
         out_size = [(n - 1) // stride + 1 for n in enlarged]
-        is_bfloat16 = self._check(x.permute(0, 2, 3, 1), bias, *(norm or ()))
+        rows = () if bias is None else (bias,)
+        is_bfloat16 = self._check(x.permute(0, 2, 3, 1), *rows, *(norm or ()))
         out = x.new_empty(B, *out_size, n_out)
         if residual is not None:
             self.check(x.permute(0, 2, 3, 1), residual.permute(0, 2, 3, 1))

@@ -32,12 +32,18 @@ class SelfAttention(nn.Module):
         """``x`` (B, N, C) plus the attention of ``norm(x)``."""
         small = self.ops.small
         if small is not None and small.fit(*x.shape[1:]):
-            to_out = self.to_out[0].weight, self.to_out[0].bias
-            return small.self_attention(x, (norm.weight, norm.bias), norm.eps, self.to_qkv.weight, to_out, self.n_heads)
+            of_norm, to_out = (norm.weight, norm.bias), _map(self.to_out[0])
+            return small.self_attention(x, of_norm, norm.eps, self.to_qkv.weight, to_out, self.n_heads)
         qkv = self.ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, self.to_qkv.weight)
         q, k, v = qkv.chunk(3, dim=-1)
         attended = self.ops.attention(q, k, v, self.n_heads)
         return self.ops.linear_add(attended, self.to_out[0].weight, self.to_out[0].bias, x)
+
+
+def _map(linear: nn.Module) -> tuple[Tensor, Tensor]:
+    """A linear layer's weight and bias."""
+    layer = cast(nn.Linear, linear)
+    return layer.weight, layer.bias
 
 
 def _pack_qkv(_module: nn.Module, state: dict[str, Any], prefix: str, *_: Any) -> None:
@@ -69,7 +75,7 @@ class CrossAttention(nn.Module):
         n_plain, small = self._n_plain(len(x), condition), self.ops.small
         is_plain = n_plain == len(x) and condition.batch.images is None
         if is_plain and small is not None and small.fit(*x.shape[1:]):
-            to_out, of_norm = (self.to_out[0].weight, self.to_out[0].bias), (norm.weight, norm.bias)
+            of_norm, to_out = (norm.weight, norm.bias), _map(self.to_out[0])
             return small.cross_attention(x, keys, values, of_norm, norm.eps, self.to_q.weight, to_out, self.n_heads)
         queries = self._queries(x, norm)
         parts = []
@@ -157,8 +163,7 @@ class FeedForward(nn.Module):
         """``x`` (B, N, C) plus the feed-forward of ``norm(x)``."""
         small = self.ops.small
         if small is not None and small.fit(*x.shape[1:]):
-            into, to_out = cast(GEGLU, self.net[0]).proj, self.net[2]
-            maps = (into.weight, into.bias), (to_out.weight, to_out.bias)
+            maps = _map(cast(GEGLU, self.net[0]).proj), _map(self.net[2])
             return small.feed_forward(x, (norm.weight, norm.bias), norm.eps, *maps)
         return self.ops.linear_add(self.hidden(x, norm), self.net[2].weight, self.net[2].bias, x)
 

@@ -141,7 +141,8 @@ def test_refusals(both, tmp_path: Path) -> None:
         read_tiny_decoder(write(make_tiny(decoder=(1, 1, 1)).state_dict()), sd.vae)
     with pytest.raises(engine.CheckpointError, match="latent channels must be 4 to fit the model's VAE, got 16"):
         read_tiny_decoder(write(make_tiny(latent_channels=16).state_dict()), sd.vae)
-    with pytest.raises(engine.CheckpointError, match="in_channels must be 16, or 33 of an inpainting model, to fit the rest, got 4"):
+    rule = "in_channels must be 16, or 33 of an inpainting model, to fit the rest, got 4"
+    with pytest.raises(engine.CheckpointError, match=rule):
         engine.load(model, vae=write(make_tiny(latent_channels=16).state_dict()))
     with pytest.raises(engine.CheckpointError, match="not a TAESD decoder"):
         read_tiny_decoder(write({"1.weight": torch.ones(2)}), sd.vae)
