@@ -260,7 +260,7 @@ def _info(arguments: argparse.Namespace) -> int:
     sizes = {"unet": sd.unet, "vae": sd.vae, "text encoder": sd.text_encoder.model}
     rows = [("model", sd.name), ("device, dtype", f"{sd.device}, {str(sd.dtype).removeprefix('torch.')}")]
     rows += [(part, f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M parameters") for part, m in sizes.items()]
-    rows += [(op, what) for op, what in serving(sd.backend, sd.device).items()]
+    rows += [(op, what) for op, what in serving(sd.backend).items()]
     _print_rows(rows)
     return 0
 

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .backends.graphs import CAPTURING, Graphs, Run, Warmup, run_eagerly
+from .backends.graphs import Graphs, Run, Warmup, empty_cache, run_eagerly
 from .backends.ops import Ops
 from .errors import OutOfMemoryError
 from .methods.concept_cache import ConceptCache, Texts
@@ -199,8 +199,7 @@ class Engine:
         """Give back what can be rebuilt."""
         if self.graphs is not None:
             self.graphs.clear()
-        with CAPTURING:
-            torch.cuda.empty_cache()
+        empty_cache()
 
     def _recorders(self, request: Request) -> tuple[Recorder | None, MaskRecorder | None]:
         options, (height, width) = request.options, request.size

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .backends.cudnn import convolve
 from .backends.graphs import CudaCapture, Graphs
 from .backends.native import DTYPES, levels, native_ops
 from .backends.ops import TORCH, TRITON, Ops
@@ -17,7 +20,7 @@ from .engine import MAX_PIXELS, Engine
 from .errors import CheckpointError
 from .kernels.jit import load_kernels
 from .methods.lora import Changes, LoRA, read_changes
-from .models.layers import pack_convolutions
+from .models.layers import bind_convolutions, pack_convolutions
 from .models.unet import UNet2DConditionModel
 from .models.vae import AutoencoderKL
 from .result import Result
@@ -69,9 +72,12 @@ def load(
     check_integer("max_pixels", max_pixels, 1)
     where = _device(device)
     kind = _dtype(dtype, where)
-    ops = _ops(backend, where, kind)
     if graphs and where.type != "cuda":
         raise RuntimeError(f"graphs need a CUDA device, got {where}; leave graphs out")
+    ops = _ops(backend, where, kind)
+    has_graphs = ops.name == "triton" if graphs is None else graphs
+    if where.type == "cuda":
+        ops = replace(ops, conv3x3=partial(convolve, benchmark=has_graphs))
     checkpoint = _open(model, config, vae, kind)
     _check_fit(checkpoint)
     with torch.device("meta"):
@@ -82,12 +88,13 @@ def load(
     text_encoder = _load_text_encoder(checkpoint, text, where, kind, of_text)
     load_module(unet, checkpoint.unet, where, kind, of_unet)
     load_module(autoencoder, checkpoint.vae, where, kind)
-    if ops.name == "native":
-        pack_convolutions(unet)
-        pack_convolutions(autoencoder)
+    for network in (unet, autoencoder):
+        if ops.name == "native":
+            pack_convolutions(network)
+        elif where.type == "cuda":
+            bind_convolutions(network, has_graphs)
     if ops.name == "triton":
         unet.compose()
-    has_graphs = ops.name == "triton" if graphs is None else graphs
     captured = Graphs(lambda: CudaCapture(where)) if has_graphs else None
     return Engine(
         checkpoint.name, unet, autoencoder, text_encoder, checkpoint.schedule, ops, captured, max_pixels, loras
@@ -159,6 +166,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
     if where.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device {device!r} asked for, but torch {torch.__version__} sees no GPU; use device='cpu'")
+    if where.type == "cuda" and where.index is None:  # a thread may be on another device than this one
+        where = torch.device("cuda", torch.cuda.current_device())
     return where
 
 

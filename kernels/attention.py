@@ -16,7 +16,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .choice import is_faster
 from .jit import cdiv, jit, next_power_of_2
 
 if TYPE_CHECKING:
@@ -149,7 +148,10 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:  #
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
-    """Our kernel where it is known to be faster than SDPA, else SDPA. No gradient through ours."""
-    if is_faster("attention", q, q.shape[-1] // n_heads):
-        return torch.ops.twinstream.attention(q, k, v, n_heads)
-    return attention_ref(q, k, v, n_heads)
+    """Through the dispatcher: Triton on CUDA tensors, the reference on CPU tensors. No gradient.
+
+    Heads of more than 256 channels, of which a VAE has one, are SDPA's: no tile of ours holds them.
+    """
+    if q.shape[-1] // n_heads > _MAX_HEAD_DIM:
+        return attention_ref(q, k, v, n_heads)
+    return torch.ops.twinstream.attention(q, k, v, n_heads)

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from ..kernels.attention import attention, attention_ref
-from ..kernels.choice import CHOSEN, faster_sizes
 from ..kernels.conv3x3 import conv3x3_ref
 from ..kernels.cross_attention import cross_attention, cross_attention_sdpa
 from ..kernels.dbim import dbim, dbim_ref
@@ -69,22 +68,22 @@ TRITON = Ops(
 )
 
 _PRODUCTS = ("layer_norm_linear", "layer_norm_geglu", "linear_add")
+_NATIVE_PRODUCT = ", its product by oneDNN or MKL"
 
 
-def serving(ops: Ops, device: torch.device) -> dict[str, str]:
-    """What runs each op on a device, in words."""
+def serving(ops: Ops) -> dict[str, str]:
+    """What runs each op, in words."""
     found = {}
     for op in fields(ops):
         if op.name == "name":
             continue
-        function = getattr(ops, op.name)
-        name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-        if ops.name == "triton" and op.name in CHOSEN:
-            sizes = faster_sizes(op.name, device)
-            what = f"triton at {len(sizes)} sizes, torch elsewhere" if sizes else "torch (nothing in kernels/choice.py)"
-        elif ops.name == "native" and op.name in _PRODUCTS:
-            what = f"{name}, its product by oneDNN or MKL"
-        else:
-            what = name
-        found[op.name] = f"{ops.name}: {what}"
+        what = describe(getattr(ops, op.name))
+        found[op.name] = f"{ops.name}: {what}" + _NATIVE_PRODUCT * (ops.name == "native" and op.name in _PRODUCTS)
     return found
+
+
+def describe(function: Callable[..., object]) -> str:
+    """A function by its module and name; what is bound to arguments, as what it is made of."""
+    while isinstance(function, partial):
+        function = function.func
+    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}"

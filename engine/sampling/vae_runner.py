@@ -9,6 +9,7 @@ from torch import Tensor
 
 from ..backends.graphs import Graphs
 from ..errors import NonFiniteError, OutOfMemoryError
+from ..models.layers import bind_convolutions
 from ..models.vae import AutoencoderKL
 from ..warn import warn
 from .out_of_memory import with_retry
@@ -72,6 +73,8 @@ class VAERunner:
             exact = AutoencoderKL(self.vae.config, self.vae.ops)
         weights = {name: weight.float() for name, weight in self.vae.state_dict().items()}
         exact.load_state_dict(weights, assign=True)
+        if self.vae.quant_conv.weight.is_cuda:
+            bind_convolutions(exact, benchmark=False)
         return exact
 
     def _within_memory(
