@@ -12,7 +12,7 @@ from torch import Tensor
 from tqdm import tqdm
 
 from .backends.graphs import Graphs, Run, Warmup, empty_cache, run_eagerly
-from .backends.ops import Ops
+from .backends.ops import Ops, told
 from .errors import OutOfMemoryError
 from .methods.concept_cache import ConceptCache, Texts
 from .methods.lora import LoRA, apply_loras
@@ -180,7 +180,7 @@ class Engine:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": self.backend.name,
-        }
+        } | told(self.backend, self.graphs)
 
     def _denoise(self, request: Request, denoising: Denoising, steps: Steps) -> None:
         try:

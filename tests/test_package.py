@@ -69,6 +69,7 @@ _ORDER = (
     ("sampling",),
     ("result",),
     ("engine",),
+    ("calibrating",),
     ("loading",),
     ("train",),
     ("serve",),

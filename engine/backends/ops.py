@@ -18,6 +18,7 @@ from ..kernels.layer_norm_linear import layer_norm_linear, layer_norm_linear_ref
 from ..kernels.linear_add import linear_add, linear_add_ref
 from ..kernels.residual_add import residual_add, residual_add_ref
 from ..kernels.residual_apply import residual_apply, residual_apply_ref
+from .graphs import Graphs
 
 
 @dataclass(frozen=True, slots=True)
@@ -67,6 +68,7 @@ TRITON = Ops(
     linear_add=linear_add,
 )
 
+CALIBRATED = "calibrated"
 _PRODUCTS = ("layer_norm_linear", "layer_norm_geglu", "linear_add")
 _NATIVE_PRODUCT = ", its product by oneDNN or MKL"
 
@@ -82,8 +84,16 @@ def serving(ops: Ops) -> dict[str, str]:
     return found
 
 
+def told(ops: Ops, graphs: Graphs | None) -> dict[str, object]:
+    """What a result's settings say beside the backend's name, where that does not say it all."""
+    calibrated = {"ops": serving(ops)} if ops.name == CALIBRATED else {}
+    return calibrated | ({} if graphs is None else {"graphs": graphs.failed or "replayed"})
+
+
 def describe(function: Callable[..., object]) -> str:
-    """A function by its module and name; what is bound to arguments, as what it is made of."""
+    """A function by its module and name; what is bound to arguments, as what it is made of; what tells itself, so."""
     while isinstance(function, partial):
         function = function.func
+    if not hasattr(function, "__name__"):
+        return str(function)
     return f"{function.__module__.rpartition('.')[2]}.{function.__name__}"

@@ -111,19 +111,19 @@ class Upsample2D(nn.Module):
 
 def pack_convolutions(model: nn.Module) -> None:
     """Replace a model's convolutions, but for those of ``Ops.conv3x3``, by packed ones with the same parameters."""
-    _replace_convolutions(model, lambda conv: (PackedPointwiseConv2d if _is_linear(conv) else PackedConv2d)(conv))
+    replace_convolutions(model, lambda conv: (PackedPointwiseConv2d if _is_linear(conv) else PackedConv2d)(conv))
 
 
 def bind_convolutions(model: nn.Module, benchmark: bool) -> None:
     """Replace those that a GPU runs by ones that no flag of the process changes; see ``backends/cudnn.py``."""
-    _replace_convolutions(model, lambda conv: conv if _is_linear(conv) else CudnnConv2d(conv, benchmark))
+    replace_convolutions(model, lambda conv: conv if _is_linear(conv) else CudnnConv2d(conv, benchmark))
 
 
 def _is_linear(conv: nn.Conv2d) -> bool:
     return isinstance(conv, PointwiseConv2d)
 
 
-def _replace_convolutions(model: nn.Module, replacement: Callable[[nn.Conv2d], nn.Module]) -> None:
+def replace_convolutions(model: nn.Module, replacement: Callable[[nn.Conv2d], nn.Module]) -> None:
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Conv2d) and not isinstance(child, Conv3x3):
