@@ -111,23 +111,26 @@ class Upsample2D(nn.Module):
 
 def pack_convolutions(model: nn.Module) -> None:
     """Replace a model's convolutions, but for those of ``Ops.conv3x3``, by packed ones with the same parameters."""
-    replace_convolutions(model, lambda conv: (PackedPointwiseConv2d if _is_linear(conv) else PackedConv2d)(conv))
+    replace_convolutions(model, PackedConv2d, PackedPointwiseConv2d)
 
 
 def bind_convolutions(model: nn.Module, benchmark: bool) -> None:
     """Replace those that a GPU runs by ones that no flag of the process changes; see ``backends/cudnn.py``."""
-    replace_convolutions(model, lambda conv: conv if _is_linear(conv) else CudnnConv2d(conv, benchmark))
+    replace_convolutions(model, lambda conv: CudnnConv2d(conv, benchmark))
 
 
-def _is_linear(conv: nn.Conv2d) -> bool:
-    return isinstance(conv, PointwiseConv2d)
-
-
-def replace_convolutions(model: nn.Module, replacement: Callable[[nn.Conv2d], nn.Module]) -> None:
+def replace_convolutions(
+    model: nn.Module,
+    spatial: Callable[[nn.Conv2d], nn.Module],
+    pointwise: Callable[[nn.Conv2d], nn.Module] | None = None,
+) -> None:
+    """Replace convolutions that are not of ``Ops.conv3x3``; those that are linear maps only where that is given."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Conv2d) and not isinstance(child, Conv3x3):
-                setattr(module, name, replacement(child))
+                replacement = pointwise if isinstance(child, PointwiseConv2d) else spatial
+                if replacement is not None:
+                    setattr(module, name, replacement(child))
 
 
 def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:

@@ -38,6 +38,8 @@ class FakeCuda:
         self._stack.callback(_CARD.pop)
         for name, value in _SURFACE.items():
             self._stack.enter_context(patch.object(torch.cuda, name, value, create=True))
+        for make in (torch.tensor, torch.as_tensor, torch.arange, torch.eye):
+            self._stack.enter_context(patch.object(torch, make.__name__, _from_host(make)))
         clear = self.card.workspaces.clear
         self._stack.enter_context(patch.object(torch._C, "_cuda_clearCublasWorkspaces", clear, create=True))
         for module in [module for name, module in sys.modules.items() if name.startswith("engine.kernels.")]:
@@ -48,6 +50,19 @@ class FakeCuda:
 
     def __exit__(self, *_: Any) -> None:
         self._stack.close()
+
+
+def _from_host(make: Any) -> Any:
+    """A factory that fills its result past all that could tell it of the card: made on the CPU, and copied."""
+
+    def made(*args: Any, device: Any = None, **options: Any) -> torch.Tensor:
+        if device is None or torch.device(device).type != "cuda":
+            return make(*args, **options) if device is None else make(*args, device=device, **options)
+        if isinstance(args[0], torch.Tensor):
+            return args[0].to(device=device, **options)
+        return make(*args, device="cpu", **options).to(device)
+
+    return made
 
 
 def _index(device: Any) -> int:
