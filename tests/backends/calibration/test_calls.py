@@ -140,7 +140,7 @@ def test_sd_v1_5s_calls() -> None:
     found = {(words_of(call.key), call.rows): call.times for call in calls}
     assert found["attention float16 4096x320 4096x320 4096x320", 2] == 6
     assert found["attention float16 4096x320 77x320 77x320", 8] == 5
-    assert found["linear_add float16 64x1280 1280x5120 1280 64x1280 64x1280 1280x1280", 8] == 1
+    assert found["linear_add float16 64x5120 1280x5120 1280 64x1280 64x1280 1280x1280", 8] == 1
     assert found["group_norm_silu float16 1280x16x16 1280 1280 1280", 2] > 1
     assert {call.op for call in calls} == set(ROW_ARGUMENTS)
     assert 80 < len(calls) < 400
