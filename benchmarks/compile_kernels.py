@@ -45,7 +45,7 @@ load_kernels()
 ARCHITECTURES = (80, 86, 89, 90)
 MAX_SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # of a block, by NVIDIA's documentation
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_DTYPES = ("fp16", "bf16")
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 
 
 @dataclass(frozen=True, slots=True)
@@ -129,7 +129,7 @@ def _statistics_configurations() -> Iterator[Configuration]:
 
 def _product_configurations(dtype: str) -> Iterator[Configuration]:
     data, sizes = f"*{dtype}", {"M": 2 * _POSITIONS, "N": _WIDTH, "K": _WIDTH}
-    precision = {"PRECISION": "tf32"}  # means nothing in half precision
+    precision = {"PRECISION": layer_norm_linear.precision(_DTYPES[dtype])}
     norm = {"x_ptr": data, "stats_ptr": "*fp32", "norm_weight_ptr": data, "norm_bias_ptr": data, "weight_ptr": data}
     types = norm | {"y_ptr": data} | sizes
     yield layer_norm_linear._layer_norm_linear_fwd_kernel, dtype, types, layer_norm_linear._TILE | precision
@@ -143,18 +143,17 @@ def _product_configurations(dtype: str) -> Iterator[Configuration]:
 def _attention_configurations() -> Iterator[Configuration]:
     """Head dims of SD v1.5 and of the embedded model, over 77 keys."""
     sizes = {"N": _POSITIONS, "S": _TEXT, "C": _WIDTH, "T": 2}
-    for dtype in _DTYPES:
+    for dtype, kind in _DTYPES.items():
         data = f"*{dtype}"
         types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), data)
         types |= {"N": _POSITIONS, "S": _POSITIONS, "C": _WIDTH}
         types |= dict.fromkeys(("stride_q", "stride_k", "stride_v"), 3 * _WIDTH) | {"scale": "fp32"}
         for head_dim in (16, 40, 80, 160):
-            constants = attention.tile(head_dim, torch.float16)
+            constants = attention.tile(head_dim, kind)
             yield attention._attention_fwd_kernel, dtype, types, constants
         inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | {"tokens_ptr": "*i64"}
         for head_dim in (16, 40, 80, 160):
-            constants = cross_attention.tile(torch.empty(1, 1, head_dim), torch.empty(1, 77, head_dim), 1)
-            constants["PRECISION"] = "tf32"  # means nothing in half precision
+            constants = cross_attention.tile(*_queries_and_keys(dtype, head_dim), 1)
             types = inputs | {"out_ptr": data, "columns_ptr": data} | sizes | {"n_heads": _HEADS, "scale": "fp32"}
             yield cross_attention._cross_attention_fwd_kernel, dtype, types, constants
             types = inputs | {"residuals_ptr": data, "out_ptr": data, "out_residual_ptr": data} | sizes
@@ -167,9 +166,13 @@ def _attention_configurations() -> Iterator[Configuration]:
             "BLOCK_N": residual_apply._BLOCK_N,
             "BLOCK_C": residual_apply._BLOCK_C,
             "BLOCK_K": residual_apply._BLOCK_K,
-            "PRECISION": "tf32",
+            "PRECISION": layer_norm_linear.precision(kind),
         }
         yield residual_apply._residual_apply_fwd_kernel, dtype, types, constants
+
+
+def _queries_and_keys(dtype: str, head_dim: int) -> list[torch.Tensor]:
+    return [torch.empty(1, n, head_dim, dtype=_DTYPES[dtype]) for n in (1, _TEXT)]
 
 
 def _dbim_configurations(dtype: str, head_dim: int) -> Iterator[Configuration]:
@@ -179,8 +182,7 @@ def _dbim_configurations(dtype: str, head_dim: int) -> Iterator[Configuration]:
     masks = {"chosen_ptr": "*i1", "lengths_ptr": "*i64", "gates_ptr": "*fp32"}
     space = dict.fromkeys(("q_ptr", "k_ptr"), data) | masks | {"partial_ptr": "*fp32"} | sizes
     mix = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | masks | {"partial_ptr": "*fp32", "out_ptr": data} | sizes
-    tile: dict[str, Any] = dbim.tile_pair(torch.empty(1, 1, head_dim), torch.empty(1, 77, head_dim), 1)
-    tile["PRECISION"] = "tf32"  # means nothing in half precision
+    tile: dict[str, Any] = dbim.tile_pair(*_queries_and_keys(dtype, head_dim), 1)
     for logits in (False, True) if head_dim == 40 else (False,):
         yield dbim._dbim_space_kernel, dtype, space, tile | {"LOGITS": logits}
         yield dbim._dbim_mix_kernel, dtype, mix, tile | {"LOGITS": logits, "BLOCK_BLOCKS": 64}

@@ -46,7 +46,7 @@ KERNELS = Ops(  # every Triton kernel, whether or not it is chosen
 class Op:
     """A call of ``Ops.name``: its arguments for a dtype, and its work in FLOPs, or in values moved.
 
-    ``sizes`` are what ``kernels/choice.py`` knows it by: a head dim, or channels.
+    ``sizes`` are its head dim, or channels.
     """
 
     name: str

@@ -1,4 +1,4 @@
-"""The command line: ``twinstream generate | train | batch | convert | evaluate | serve | toy | info | completion``."""
+"""The command line: ``twinstream``, a command for each thing to do (``twinstream --help``)."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import check_choice, check_integer
 from .cli_pictures import add_sources, draw_folder, read_request
-from .cli_runs import add_batch, add_convert, add_evaluate, add_serve, add_toy, loading_arguments
+from .cli_runs import add_batch, add_calibrate, add_convert, add_evaluate, add_serve, add_toy, loading_arguments
 from .completion import add_completion
 from .loading import BACKENDS
 from .methods.asked import Asked
@@ -51,6 +51,8 @@ def _parser() -> argparse.ArgumentParser:
     model.add_argument("--device", help="cpu, cuda, cuda:1 ... (default: a GPU if there is one)")
     model.add_argument("--dtype", help="float32, bfloat16 or float16 (default: float16 on a GPU, float32 on a CPU)")
     model.add_argument("--backend", default="auto", help=f"{', '.join(BACKENDS)} (default: auto)")
+    help = "leave out what is not known of the card; see twinstream calibrate"
+    model.add_argument("--no-calibrate", dest="calibrate", action="store_false", help=help)
     help = "merge this LoRA into the weights, with a factor (default: 1); may be repeated"
     model.add_argument("--lora", dest="loras", action="append", default=[], metavar="FILE[:F]", help=help)
 
@@ -105,6 +107,9 @@ def _parser() -> argparse.ArgumentParser:
     add_convert(
         commands.add_parser("convert", parents=[model], help="write a model, LoRAs and VAE merged, as one file")
     )
+
+    help = "find out which operations serve fastest on this card"
+    add_calibrate(commands.add_parser("calibrate", parents=[model], help=help))
 
     info = commands.add_parser("info", parents=[model], help="show device, versions and what each op runs on")
     info.set_defaults(run=_info)
@@ -281,7 +286,8 @@ def _info(arguments: argparse.Namespace) -> int:
     sizes = {"unet": sd.unet, "vae": sd.vae, "text encoder": sd.text_encoder.model}
     rows = [("model", sd.name), ("device, dtype", f"{sd.device}, {str(sd.dtype).removeprefix('torch.')}")]
     rows += [(part, f"{sum(p.numel() for p in m.parameters()) / 1e6:.2f} M parameters") for part, m in sizes.items()]
-    rows += [(op, what) for op, what in serving(sd.backend, sd.device).items()]
+    rows += [(op, what) for op, what in serving(sd.backend).items()]
+    rows += [] if sd.graphs is None else [("graphs", sd.graphs.failed or "each is proven when it is captured")]
     _print_rows(rows)
     return 0
 

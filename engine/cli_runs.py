@@ -1,9 +1,10 @@
-"""The commands beside drawing and training: ``twinstream batch | convert | evaluate | serve | toy``."""
+"""The commands beside drawing and training: ``twinstream batch | calibrate | convert | evaluate | serve | toy``."""
 
 from __future__ import annotations
 
 import argparse
 import json
+import math
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
@@ -11,7 +12,7 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-from .checks import check_choice, check_integer
+from .checks import check_choice, check_integer, check_number
 from .methods.lora import LoRA
 
 
@@ -104,6 +105,35 @@ def add_convert(parser: argparse.ArgumentParser) -> None:
     parser.set_defaults(run=_convert)
 
 
+def add_calibrate(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--latents", type=int, nargs=2, metavar=("H", "W"), help="of pictures of H/8 x W/8 (default: the model's)"
+    )
+    parser.add_argument("--images", type=int, nargs="+", default=[1, 4], metavar="N", help="at a time (default: 1 4)")
+    parser.add_argument("--seconds", type=float, default=600.0, help="after which the rest is left (default: 600)")
+    parser.add_argument("--again", action="store_true", help="what is known already, too")
+    parser.add_argument("--quiet", action="store_true", help="no progress bar")
+    parser.set_defaults(run=_calibrate)
+
+
+def _calibrate(arguments: argparse.Namespace) -> int:
+    from .backends.calibration.calls import words_of
+    from .loading import calibrate_card
+
+    images = [check_integer("images", n, 1) for n in arguments.images]
+    size = tuple(check_integer("latents", n, 1) for n in arguments.latents) if arguments.latents else None
+    seconds = check_number("seconds", arguments.seconds, 0.0, math.inf)
+    options = {"size": size, "images": images, "seconds": seconds, "again": arguments.again}
+    done = calibrate_card(loading_arguments(arguments), progress=not arguments.quiet, **options)
+    for key, rows, choice in done.table:
+        print(f"{choice.serves:<10}{words_of(key)}, {rows} rows: {choice.why}")
+        for name, why in choice.wrong.items():
+            print(f"{'':<10}{name}: {why}")
+    left = f", {done.left} left for another time" if done.left else ""
+    print(f"{done.table.path}  {done.asked} calls in {done.seconds:.1f} s{left}")
+    return 0
+
+
 def add_toy(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("kind", help="agnostic: of four concepts one is tuned; specific: of 25 modes of one, five are")
     parser.add_argument("--steps", type=int, default=3000, help="of the base's training (default: 3000)")
@@ -126,7 +156,7 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 
 def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``engine.load``."""
-    names = ("model", "device", "dtype", "backend", "config", "vae")
+    names = ("model", "device", "dtype", "backend", "config", "vae", "calibrate")
     loading = {name: getattr(arguments, name) for name in names} | {"loras": [_lora(text) for text in arguments.loras]}
     return loading | {"embeddings": _embeddings(arguments.embeddings)}
 

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 from tqdm import tqdm
 
-from .backends.graphs import CAPTURING, Graphs, Run, Warmup, run_eagerly
-from .backends.ops import Ops
+from .backends.graphs import Graphs, Run, Warmup, empty_cache, run_eagerly
+from .backends.ops import Ops, told
 from .errors import OutOfMemoryError
 from .methods.concept_cache import ConceptCache, Texts
 from .methods.lora import LoRA, apply_loras
@@ -185,7 +185,7 @@ class Engine:
             "device": str(self.device),
             "dtype": str(self.dtype).removeprefix("torch."),
             "backend": self.backend.name,
-        }
+        } | told(self.backend, self.graphs)
 
     def _denoise(self, request: Request, denoising: Denoising, steps: Steps) -> None:
         try:
@@ -204,8 +204,7 @@ class Engine:
         """Give back what can be rebuilt."""
         if self.graphs is not None:
             self.graphs.clear()
-        with CAPTURING:
-            torch.cuda.empty_cache()
+        empty_cache()
 
     def _recorders(self, request: Request) -> tuple[Recorder | None, MaskRecorder | None]:
         options, (height, width) = request.options, request.size

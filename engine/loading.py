@@ -5,21 +5,28 @@ from __future__ import annotations
 import hashlib
 import threading
 from collections.abc import Mapping, Sequence
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from .backends.calibration.calibrate import Calibrated
+from .backends.calibration.serve import calibrated_ops
+from .backends.calibration.table import open_table
+from .backends.cudnn import convolve
 from .backends.graphs import CudaCapture, Graphs
 from .backends.native import DTYPES, levels, native_ops
 from .backends.ops import TORCH, TRITON, Ops
-from .checks import check_choice, check_integer
+from .calibrating import calibrate_model
+from .checks import check_choice, check_flag, check_integer
 from .engine import MAX_PIXELS, Engine
 from .errors import CheckpointError
 from .kernels.jit import load_kernels
 from .methods.foreign import read_embeddings
 from .methods.lora import Changes, LoRA, read_changes
-from .models.layers import pack_convolutions
+from .models.layers import place_convolutions
 from .models.tiny_vae import make_vae
 from .models.unet import UNet2DConditionModel
 from .result import Result
@@ -45,6 +52,7 @@ def load(
     max_pixels: int = MAX_PIXELS,
     loras: Sequence[LoRA] = (),
     embeddings: Mapping[str, str | Path] | None = None,
+    calibrate: bool = True,
 ) -> Engine:
     """Load a model.
 
@@ -53,10 +61,11 @@ def load(
             embedded model.
         device: "cuda" where there is one, else "cpu", unless given.
         dtype: "float32", "bfloat16" or "float16"; unless given, float16 on a GPU and float32 on a CPU.
-        backend: "torch", "native" (a CPU, float32 or bfloat16), "triton" (a GPU), or "auto": native where it is built
-            and fits, else torch, until the Triton kernels are proven on GPUs.
+        backend: "torch", "native" (a CPU, float32 or bfloat16), "triton" (a GPU; all of our kernels), or "auto": on a
+            CPU native where it is built and fits, else torch; on a GPU by operation what was found to be right and
+            fastest on this card, torch's own where nothing was.
         graphs: replay steps and decoding as CUDA graphs, captured when first met (``Engine.warmup`` meets them ahead);
-            unless given, with backend "triton".
+            unless given, with backends "triton" and, on a GPU, "auto".
         config: for a single file, a diffusers folder whose configs and tokenizer to use; the file's own folder where it
             is one. Without any, sizes are read from the tensors' shapes and the rest is SD v1.5's.
         vae: another VAE than the model's: a diffusers folder, or a ``.safetensors`` file in either layout; an
@@ -65,6 +74,7 @@ def load(
         loras: merged in float32 into the weights as the files have them, then cast; ``Engine.with_loras`` adds later.
         embeddings: textual inversions by the names that prompts and negative prompts write, in any case, for their
             vectors: ``{"<toy>": "toy.safetensors"}``, in diffusers' layout or A1111's.
+        calibrate: with "auto" on a GPU, find out now what is not known yet, which takes up to 40 seconds on a new card.
 
     Raises:
         CheckpointError: files are missing, damaged or do not match their config.
@@ -73,13 +83,19 @@ def load(
     """
     check_choice("backend", backend, BACKENDS)
     check_integer("max_pixels", max_pixels, 1)
+    check_flag("calibrate", calibrate)
     where = _device(device)
     kind = _dtype(dtype, where)
-    ops = _ops(backend, where, kind)
     if graphs and where.type != "cuda":
         raise RuntimeError(f"graphs need a CUDA device, got {where}; leave graphs out")
+    ops = _ops(backend, where, kind)
+    has_graphs = graphs if graphs is not None else where.type == "cuda" and backend != "torch"
     checkpoint = _open(model, config, vae, kind)
     _check_fit(checkpoint)
+    if where.type == "cuda":
+        if backend == "auto":
+            ops = calibrated_ops(calibrate_model(checkpoint, where, kind).table if calibrate else open_table(where))
+        ops = replace(ops, conv3x3=partial(convolve, benchmark=has_graphs))
     with torch.device("meta"):
         unet = UNet2DConditionModel(checkpoint.unet_config, ops)
         autoencoder = make_vae(checkpoint.vae_config, ops)
@@ -89,12 +105,10 @@ def load(
     text_encoder = _load_text_encoder(checkpoint, text, where, kind, of_text, words)
     load_module(unet, checkpoint.unet, where, kind, of_unet)
     load_module(autoencoder, checkpoint.vae, where, kind)
-    if ops.name == "native":
-        pack_convolutions(unet)
-        pack_convolutions(autoencoder)
-    if ops.name == "triton":
+    for network in (unet, autoencoder):
+        place_convolutions(network, ops.name, where, has_graphs)
+    if where.type == "cuda" and backend != "torch":
         unet.compose()
-    has_graphs = ops.name == "triton" if graphs is None else graphs
     captured = Graphs(lambda: CudaCapture(where)) if has_graphs else None
     return Engine(
         checkpoint.name, unet, autoencoder, text_encoder, checkpoint.schedule, ops, captured, max_pixels, loras
@@ -105,6 +119,14 @@ def checkpoint_of(loading: Mapping[str, Any]) -> Checkpoint:
     """Where the files are that ``load(**loading)`` reads."""
     kind = _dtype(loading.get("dtype"), _device(loading.get("device")))
     return _open(loading.get("model"), loading.get("config"), loading.get("vae"), kind)
+
+
+def calibrate_card(loading: Mapping[str, Any], **options: Any) -> Calibrated:
+    """Calibrate the card that ``load(**loading)`` loads onto, for the model that it loads; see ``calibrate_model``."""
+    where = _device(loading.get("device"))
+    if where.type != "cuda":
+        raise RuntimeError(f"calibration needs a CUDA device, got {where}")
+    return calibrate_model(checkpoint_of(loading), where, _dtype(loading.get("dtype"), where), **options)
 
 
 def _open(
@@ -179,6 +201,8 @@ def _device(device: str | torch.device | None) -> torch.device:
         raise ValueError(f"device must be a torch device such as 'cpu' or 'cuda:0', got {device!r}") from error
     if where.type == "cuda" and not torch.cuda.is_available():
         raise RuntimeError(f"device {device!r} asked for, but torch {torch.__version__} sees no GPU; use device='cpu'")
+    if where.type == "cuda" and where.index is None:  # a thread may be on another device than this one
+        where = torch.device("cuda", torch.cuda.current_device())
     return where
 
 

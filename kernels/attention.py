@@ -16,13 +16,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .choice import is_faster
 from .jit import cdiv, jit, next_power_of_2
 
 if TYPE_CHECKING:
     import triton.language as tl
 
-_MAX_HEAD_DIM = 256
+MAX_HEAD_DIM = 256
 
 torch.library.define("twinstream::attention", "(Tensor q, Tensor k, Tensor v, int n_heads) -> Tensor")
 
@@ -123,8 +122,8 @@ def tile(head_dim: int, dtype: torch.dtype) -> dict[str, int | str]:
 def attention_triton(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
     """Launch the kernel; rows may be apart, as the three parts of one projection are."""
     (B, N, C), S = q.shape, k.shape[1]
-    if C % n_heads or C // n_heads > _MAX_HEAD_DIM:
-        raise ValueError(f"channels must be {n_heads} heads of at most {_MAX_HEAD_DIM}, got {C}")
+    if C % n_heads or C // n_heads > MAX_HEAD_DIM:
+        raise ValueError(f"channels must be {n_heads} heads of at most {MAX_HEAD_DIM}, got {C}")
     for name, x in {"q": q, "k": k, "v": v}.items():
         if x.stride(2) != 1 or (len(x) > 1 and x.stride(0) != x.shape[1] * x.stride(1)):
             raise ValueError(f"{name} must be (B, N, C) with rows evenly apart, got strides {x.stride()}")
@@ -149,7 +148,10 @@ def _attention_fake(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:  #
 
 
 def attention(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
-    """Our kernel where it is known to be faster than SDPA, else SDPA. No gradient through ours."""
-    if is_faster("attention", q, q.shape[-1] // n_heads):
-        return torch.ops.twinstream.attention(q, k, v, n_heads)
-    return attention_ref(q, k, v, n_heads)
+    """Through the dispatcher: Triton on CUDA tensors, the reference on CPU tensors. No gradient.
+
+    Heads of more than 256 channels, of which a VAE has one, are SDPA's: no tile of ours holds them.
+    """
+    if q.shape[-1] // n_heads > MAX_HEAD_DIM:
+        return attention_ref(q, k, v, n_heads)
+    return torch.ops.twinstream.attention(q, k, v, n_heads)

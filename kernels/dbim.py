@@ -209,9 +209,13 @@ def _dbim_mix_kernel(
 
 
 def tile_pair(q: Tensor, k: Tensor, n_heads: int) -> dict[str, int | str]:
-    """Constants of a launch: smaller tiles at the smallest head dims, where two maps at a time would spill."""
+    """Constants of a launch: smaller tiles where two maps at a time would spill, or need too much shared memory.
+
+    They would at the smallest head dims, and in float32, where cards of compute capability 8.6 and 8.9 have too little.
+    """
     constants = tile(q, k, n_heads)
-    return constants | {"BLOCK_N": 32} if q.shape[-1] // n_heads <= 16 else constants
+    is_small = q.shape[-1] // n_heads <= 16 or q.dtype == torch.float32
+    return constants | {"BLOCK_N": 32} if is_small else constants
 
 
 def dbim_triton(

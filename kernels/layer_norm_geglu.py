@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .choice import is_faster
 from .geglu import geglu, geglu_ref
 from .jit import cdiv, jit
 from .layer_norm_linear import check_products, normalised_tile, precision, row_stats, weight_tile
@@ -109,10 +108,8 @@ def _layer_norm_geglu_fake(
 def layer_norm_geglu(
     x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor, bias: Tensor
 ) -> Tensor:
-    """Our kernel where it is known to be faster than torch's product, else that and our GEGLU. No gradient."""
-    if is_faster("layer_norm_geglu", x, x.shape[-1], len(weight)):
-        return torch.ops.twinstream.layer_norm_geglu(x, norm_weight, norm_bias, eps, weight, bias)
-    return layer_norm_geglu_unfused(x, norm_weight, norm_bias, eps, weight, bias)
+    """Through the dispatcher: Triton on CUDA tensors, the reference on CPU tensors. No gradient."""
+    return torch.ops.twinstream.layer_norm_geglu(x, norm_weight, norm_bias, eps, weight, bias)
 
 
 def layer_norm_geglu_unfused(

@@ -15,7 +15,6 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .choice import is_faster
 from .jit import cdiv, jit, next_power_of_2
 
 if TYPE_CHECKING:
@@ -150,7 +149,5 @@ def _layer_norm_linear_fake(
 
 
 def layer_norm_linear(x: Tensor, norm_weight: Tensor, norm_bias: Tensor, eps: float, weight: Tensor) -> Tensor:
-    """Our kernels where they are known to be faster than torch's, else torch's. No gradient through ours."""
-    if is_faster("layer_norm_linear", x, x.shape[-1], len(weight)):
-        return torch.ops.twinstream.layer_norm_linear(x, norm_weight, norm_bias, eps, weight)
-    return layer_norm_linear_ref(x, norm_weight, norm_bias, eps, weight)
+    """Through the dispatcher: Triton on CUDA tensors, the reference on CPU tensors. No gradient."""
+    return torch.ops.twinstream.layer_norm_linear(x, norm_weight, norm_bias, eps, weight)

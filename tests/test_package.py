@@ -70,6 +70,7 @@ _ORDER = (
     ("result",),
     ("saved_settings", "upscale"),
     ("engine",),
+    ("calibrating",),
     ("loading",),
     ("compat",),
     ("train",),

@@ -4,12 +4,11 @@ from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, fields
+from functools import partial
 
-import torch
 from torch import Tensor
 
 from ..kernels.attention import attention, attention_ref
-from ..kernels.choice import CHOSEN, faster_sizes
 from ..kernels.conv3x3 import conv3x3_ref
 from ..kernels.cross_attention import cross_attention, cross_attention_sdpa
 from ..kernels.dbim import dbim, dbim_ref
@@ -19,6 +18,7 @@ from ..kernels.layer_norm_linear import layer_norm_linear, layer_norm_linear_ref
 from ..kernels.linear_add import linear_add, linear_add_ref
 from ..kernels.residual_add import residual_add, residual_add_ref
 from ..kernels.residual_apply import residual_apply, residual_apply_ref
+from .graphs import Graphs
 from .small_blocks import SmallBlocks
 
 
@@ -73,25 +73,34 @@ TRITON = Ops(
     linear_add=linear_add,
 )
 
+CALIBRATED = "calibrated"
 _PRODUCTS = ("layer_norm_linear", "layer_norm_geglu", "linear_add")
+_NATIVE_PRODUCT = ", its product by oneDNN or MKL"
 
 
-def serving(ops: Ops, device: torch.device) -> dict[str, str]:
-    """What runs each op on a device, in words."""
+def serving(ops: Ops) -> dict[str, str]:
+    """What runs each op, in words."""
     found = {}
     for op in fields(ops):
         if op.name in ("name", "small"):
             continue
-        function = getattr(ops, op.name)
-        name = f"{function.__module__.rpartition('.')[2]}.{function.__name__}"
-        if ops.name == "triton" and op.name in CHOSEN:
-            sizes = faster_sizes(op.name, device)
-            what = f"triton at {len(sizes)} sizes, torch elsewhere" if sizes else "torch (nothing in kernels/choice.py)"
-        elif ops.name == "native" and op.name in _PRODUCTS:
-            what = f"{name}, its product by oneDNN or MKL"
-        else:
-            what = name
-        found[op.name] = f"{ops.name}: {what}"
+        what = describe(getattr(ops, op.name))
+        found[op.name] = f"{ops.name}: {what}" + _NATIVE_PRODUCT * (ops.name == "native" and op.name in _PRODUCTS)
     if ops.small is not None:
         found["small blocks"] = f"{ops.name}: {ops.small.limits}, in one call each"
     return found
+
+
+def told(ops: Ops, graphs: Graphs | None) -> dict[str, object]:
+    """What a result's settings say beside the backend's name, where that does not say it all."""
+    calibrated = {"ops": serving(ops)} if ops.name == CALIBRATED else {}
+    return calibrated | ({} if graphs is None else {"graphs": graphs.failed or "replayed"})
+
+
+def describe(function: Callable[..., object]) -> str:
+    """A function by its module and name; what is bound to arguments, as what it is made of; what tells itself, so."""
+    while isinstance(function, partial):
+        function = function.func
+    if not hasattr(function, "__name__"):
+        return str(function)
+    return f"{function.__module__.rpartition('.')[2]}.{function.__name__}"

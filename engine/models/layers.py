@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from ..backends.cudnn import CudnnConv2d
 from ..backends.ops import Ops
 from ..backends.packed_weights import PackedConv2d, PackedPointwiseConv2d
 
@@ -120,12 +122,35 @@ class Upsample2D(nn.Module):
 
 
 def pack_convolutions(model: nn.Module) -> None:
-    """Replace a model's convolutions, but for those of ``Ops.conv3x3``, by ones with the same parameters."""
+    """Replace a model's convolutions, but for those of ``Ops.conv3x3``, by packed ones with the same parameters."""
+    replace_convolutions(model, PackedConv2d, PackedPointwiseConv2d)
+
+
+def place_convolutions(model: nn.Module, backend: str, device: torch.device, benchmark: bool) -> None:
+    """Convolutions as a backend on a device runs them best."""
+    if backend == "native":
+        pack_convolutions(model)
+    elif device.type == "cuda":
+        bind_convolutions(model, benchmark)
+
+
+def bind_convolutions(model: nn.Module, benchmark: bool) -> None:
+    """Replace those that a GPU runs by ones that no flag of the process changes; see ``backends/cudnn.py``."""
+    replace_convolutions(model, lambda conv: CudnnConv2d(conv, benchmark))
+
+
+def replace_convolutions(
+    model: nn.Module,
+    spatial: Callable[[nn.Conv2d], nn.Module],
+    pointwise: Callable[[nn.Conv2d], nn.Module] | None = None,
+) -> None:
+    """Replace convolutions that are not of ``Ops.conv3x3``; those that are linear maps only where that is given."""
     for module in list(model.modules()):
         for name, child in module.named_children():
             if isinstance(child, nn.Conv2d) and not isinstance(child, Conv3x3):
-                is_pointwise = isinstance(child, PointwiseConv2d)
-                setattr(module, name, PackedPointwiseConv2d(child) if is_pointwise else PackedConv2d(child))
+                replacement = pointwise if isinstance(child, PointwiseConv2d) else spatial
+                if replacement is not None:
+                    setattr(module, name, replacement(child))
 
 
 def timestep_embedding(timesteps: Tensor, channels: int) -> Tensor:

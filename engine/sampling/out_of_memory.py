@@ -8,6 +8,7 @@ from typing import TypeVar
 
 import torch
 
+from ..backends.graphs import empty_cache
 from ..errors import OutOfMemoryError
 from ..methods.control import Control
 from ..models.tiny_vae import VAE
@@ -118,7 +119,7 @@ def rows_that_fit(unet: UNet2DConditionModel, height: int, width: int) -> int:
     like = unet.conv_in.weight
     sample = torch.zeros(1, unet.config.in_channels, height, width, device=like.device, dtype=like.dtype)
     context = torch.zeros(1, 77, unet.config.cross_attention_dim, device=like.device, dtype=like.dtype)
-    torch.cuda.empty_cache()
+    empty_cache()
     torch.cuda.reset_peak_memory_stats(like.device)
     before = torch.cuda.memory_allocated(like.device)
     try:
@@ -126,7 +127,7 @@ def rows_that_fit(unet: UNet2DConditionModel, height: int, width: int) -> int:
     except torch.OutOfMemoryError:
         return 0
     taken = torch.cuda.max_memory_allocated(like.device) - before
-    torch.cuda.empty_cache()
+    empty_cache()
     return torch.cuda.mem_get_info(like.device)[0] // max(1, taken)
 
 

@@ -7,7 +7,6 @@ from typing import Any
 import pytest
 
 from benchmarks import report
-from benchmarks.choose import faster
 
 _CPU = {
     "cpu": "Some CPU",
@@ -160,11 +159,3 @@ def test_studies_name_every_setting_that_is_not_the_librarys(tmp_path: Path, mon
     assert "**tuned**: training's context_learning_rate 0.01, dci's auxiliary_noun (mug for teapot); check" in tables
     assert "500 steps of 4 pictures, learning rate 0.01 (of contexts 0.01) (75 to 75 s)" in tables
     assert tables.count("| DCI, no masks | 50 (") == 2
-
-
-def test_the_choice_between_kernels() -> None:
-    record = {"op": "attention", "sizes": [40], "median_ms": 1.0, "p90_ms": 1.1}
-    slower = record | {"sizes": [80], "p90_ms": 2.5}
-    records = [record | {"system": "twinstream"}, record | {"system": "torch_eager", "median_ms": 2.0}]
-    records += [slower | {"system": "twinstream"}, slower | {"system": "torch_eager", "median_ms": 2.0}]
-    assert faster([*records, {"case": "product", "system": "ceiling"}]) == {"attention": [(40,)]}

@@ -1,11 +1,9 @@
-"""Self-attention: the kernel in the interpreter (or on a GPU), the operator's registration, the choice."""
+"""Self-attention: the kernel in the interpreter (or on a GPU), the operator's registration."""
 
 import pytest
 import torch
 
-from engine.kernels import attention as module
 from engine.kernels.attention import attention, attention_ref, attention_triton, tile
-from engine.kernels.choice import FASTER, is_faster
 from tests.kernels.accuracy import assert_as_accurate
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
@@ -62,12 +60,7 @@ def test_operator() -> None:
     torch.library.opcheck(torch.ops.twinstream.attention.default, (q, k, v, 2))
 
 
-def test_only_what_was_measured_to_be_faster_serves(monkeypatch: pytest.MonkeyPatch) -> None:
-    q, k, v = _inputs(1, 6, 6, 40, torch.float32)
-    assert not is_faster("attention", q.cpu(), 40)
-    assert torch.equal(attention(q, k, v, 1), attention_ref(q, k, v, 1)) or FASTER
-    monkeypatch.setattr(module, "is_faster", lambda op, x, *sizes: (op, sizes) == ("attention", (40,)))
-    calls = []
-    monkeypatch.setattr(torch.ops.twinstream, "attention", lambda *inputs: calls.append(inputs))
-    attention(q, k, v, 1)
-    assert len(calls) == 1
+def test_wide_heads_are_torchs() -> None:
+    q, k, v = _inputs(1, 6, 6, 512, torch.float32)
+    assert torch.equal(attention(q, k, v, 1), attention_ref(q, k, v, 1))
+    torch.testing.assert_close(attention(q, k, v, 2), attention_ref(q, k, v, 2))

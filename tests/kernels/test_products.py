@@ -1,7 +1,6 @@
-"""Fused products: the kernels in the interpreter (or on a GPU), the operators' registrations, the choice."""
+"""Fused products: the kernels in the interpreter (or on a GPU), the operators' registrations."""
 
 from collections.abc import Callable
-from importlib import import_module
 from typing import Any
 
 import pytest
@@ -63,18 +62,6 @@ def test_operators(op: str) -> None:
     inputs += [None, None] if op == "linear_add" else []
     torch.library.opcheck(getattr(torch.ops.twinstream, op.split(maxsplit=1)[0]).default, tuple(inputs))
     torch.testing.assert_close(function(*inputs), ref(*inputs))
-
-
-@pytest.mark.parametrize("op", _OPS)
-def test_only_what_was_measured_to_be_faster_serves(op: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    name, inputs, calls = op.split(maxsplit=1)[0], _inputs(op, (1, 4, 8, 6), torch.float32), []
-    module = import_module(f"engine.kernels.{name}")
-    sizes = {"layer_norm_linear": (8, 6), "layer_norm_geglu": (8, 12), "linear_add": (8, 6)}[name]
-    sizes += (24,) if op.endswith("two") else ()
-    monkeypatch.setattr(module, "is_faster", lambda asked, _x, *given: (asked, given) == (name, sizes))
-    monkeypatch.setattr(torch.ops.twinstream, name, lambda *given: calls.append(given))
-    _OPS[op][2](*inputs)
-    assert len(calls) == 1
 
 
 def test_bad_inputs_are_refused() -> None:

@@ -1,0 +1,77 @@
+"""The implementations that there are of each operation."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from importlib.util import find_spec
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ...kernels.attention import MAX_HEAD_DIM
+from ...kernels.cross_attention import cross_attention_ref
+from ...kernels.layer_norm_geglu import layer_norm_geglu_unfused
+from ..ops import TORCH, TRITON
+from .calls import Call
+
+TORCHS_OWN = "torch"
+OURS = "triton"
+
+
+def contenders(call: Call) -> dict[str, Callable[..., Any]]:
+    """By name: "torch", which serves where nothing better is known; "triton", ours; and what else there is."""
+    found = {TORCHS_OWN: getattr(TORCH, call.op)}
+    if call.op != "attention" or call.arguments[0].shape[-1] // call.arguments[3] <= MAX_HEAD_DIM:
+        found[OURS] = getattr(TRITON, call.op)
+    return found | {name: implementation(call.op, name) for name in _OTHERS.get(call.op, ()) if _is_there(name)}
+
+
+def implementation(op: str, name: str) -> Callable[..., Any]:
+    """One of them.
+
+    Raises:
+        KeyError: there is none of this name.
+    """
+    if name in (TORCHS_OWN, OURS):
+        return getattr(TORCH if name == TORCHS_OWN else TRITON, op)
+    return _OTHERS[op][name]
+
+
+def _is_there(name: str) -> bool:
+    return name != "xformers" or find_spec("xformers") is not None
+
+
+def _heads(x: Tensor, n_heads: int) -> Tensor:
+    return x.unflatten(-1, (n_heads, -1)).transpose(1, 2)
+
+
+def _cudnn(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
+    parts = (_heads(x, n_heads) for x in (q, k, v))
+    out = torch.ops.aten._scaled_dot_product_cudnn_attention(*parts, None, False)
+    return out[0].transpose(1, 2).flatten(2)
+
+
+def _flash(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
+    out = torch.ops.aten._scaled_dot_product_flash_attention(*(_heads(x, n_heads) for x in (q, k, v)))
+    return out[0].transpose(1, 2).flatten(2)
+
+
+def _efficient(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
+    parts = (_heads(x, n_heads) for x in (q, k, v))
+    out = torch.ops.aten._scaled_dot_product_efficient_attention(*parts, None, False)
+    return out[0].transpose(1, 2).flatten(2)
+
+
+def _xformers(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
+    from xformers.ops import memory_efficient_attention  # pyright: ignore[reportMissingImports]
+
+    return memory_efficient_attention(*(x.unflatten(-1, (n_heads, -1)) for x in (q, k, v))).flatten(2)
+
+
+# SDPA's implementations are called by name: choosing one by torch's context manager would choose it for all threads
+_OTHERS: dict[str, dict[str, Callable[..., Any]]] = {
+    "attention": {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient, "xformers": _xformers},
+    "cross_attention": {"explicit": cross_attention_ref},
+    "layer_norm_geglu": {"unfused": layer_norm_geglu_unfused},
+}
