@@ -1,6 +1,7 @@
 """The wiring of the GPU path, on a card that is not there: what runs where, in which order, and from which memory."""
 
 import threading
+from collections import Counter
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -17,7 +18,7 @@ from engine.backends.graphs import CudaCapture, Graphs, beside, empty_cache
 from engine.backends.ops import TORCH, TRITON
 from engine.train.denoising import autocast
 from tests.fake_cuda import Card, FakeCuda
-from tests.pipelines import random_concept, relative_error
+from tests.pipelines import random_concept, relative_error, save_pipeline
 
 pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
 
@@ -33,6 +34,9 @@ _KERNELS = {  # by op, what it launches
     "layer_norm_geglu": ["_layer_norm_stats_kernel", "_layer_norm_geglu_fwd_kernel"],
     "linear_add": ["_linear_add_fwd_kernel"],
 }
+
+
+_KERNELS_OF_A_STEP = 609
 
 
 @pytest.fixture(autouse=True)
@@ -201,6 +205,17 @@ def test_the_schedulers_stream_waits_for_what_was_there() -> None:
     assert y.cpu().eq(3).all()
 
 
+def test_a_second_gpu_captures_on_a_stream_of_its_own(card: Card) -> None:
+    for index in (0, 1):
+        device = torch.device("cuda", index)
+        graphs, eye = Graphs(lambda device=device: CudaCapture(device)), torch.eye(4, device=device)
+        for factor in (1.0, 2.0):
+            x = torch.full((4, 4), factor, device=device)
+            assert graphs("double", _double, eye, x).cpu().eq(2 * factor).all()
+        assert graphs.failed is None
+    assert {graph.device for graph in card.graphs} == {1}  # the first is dropped
+
+
 def test_two_engines_graphs_share_no_workspace() -> None:
     """Though torch has handed out all its streams, and the second one's is the first one's again."""
     device = torch.device("cuda:0")
@@ -213,6 +228,8 @@ def test_two_engines_graphs_share_no_workspace() -> None:
     for replay in replays:
         with torch.cuda.stream(torch.cuda.Stream()):
             replay()
+    with torch.cuda.stream(second.stream):  # as eager code on a stream that torch hands out again
+        x @ x
 
 
 def test_inference_mode_leaves_buffers_that_others_may_write() -> None:
@@ -328,3 +345,15 @@ def test_training_multiplies_in_bfloat16(small_folder: Any, card: Card, dtype: s
     assert y.dtype == torch.bfloat16
     products = [dtypes for name, dtypes in card.operations if name in ("aten.mm", "aten.addmm")]
     assert set(products[-1]) == {torch.bfloat16}
+
+
+def test_kernels_of_a_guided_step(card: Card, tmp_path: Path) -> None:
+    """At SD v1.5's structure, whatever the widths: what docs/performance.md says. Allocations and views are none."""
+    save_pipeline("sd_like", tmp_path)
+    sd = engine.load(tmp_path, device="cuda:0", dtype="float16", backend="triton")
+    sd.generate("a cat", steps=1, seed=0, output="latent", progress=False)
+    (graph,) = card.graphs
+    ours = Counter(kernel for one in graph.work for kernel in one.launches)
+    torchs = Counter(one.name for one in graph.work if not one.launches)
+    print(ours, torchs)
+    assert ours.total() + torchs.total() == _KERNELS_OF_A_STEP

@@ -67,6 +67,7 @@ class Graph:
 
     def begin(self, pool: Any) -> None:
         self.pool = pool
+        self.card.graphs.add(self)
         self.card.live_graphs[pool] += 1
         weakref.finalize(self, self.card.live_graphs.subtract, {pool: 1})
 
@@ -119,9 +120,10 @@ class Card:
         self.handed_out = [0] * self.devices
         self.written: dict[Hashable, tuple[Hashable, int]] = {}
         self.read: dict[Hashable, Counter[Hashable]] = {}
-        self.workspaces: dict[Hashable, int] = {}
+        self.workspaces: dict[Hashable, tuple[int, Any]] = {}
         self.n_workspaces = 0
         self.times_run: Counter[str] = Counter()
+        self.graphs: weakref.WeakSet[Graph] = weakref.WeakSet()
         self.lost = False  # as a context is after an illegal access
 
     @property
@@ -150,10 +152,14 @@ class Card:
 
     def workspace(self, queue: Queue) -> Hashable:
         """cuBLAS' of a stream, which is taken when first needed and kept."""
+        pool = None if queue.graph is None else queue.graph.pool
         if queue.key not in self.workspaces:
             self.n_workspaces += 1
-            self.workspaces[queue.key] = self.n_workspaces
-        return "workspace", self.workspaces[queue.key]
+            self.workspaces[queue.key] = self.n_workspaces, pool
+        number, owner = self.workspaces[queue.key]
+        if owner is not pool:
+            self.problems.append(f"workspace {number} is of pool {owner}, and work of pool {pool} writes to it")
+        return "workspace", number
 
     def fresh(self, addresses: Iterable[Hashable]) -> None:
         """Memory that was allocated just now."""
