@@ -7,6 +7,7 @@ but its buffers, and whatever it decided in Python, is frozen in it. And no step
 import threading
 from collections.abc import Callable
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -222,7 +223,7 @@ def test_warmup_reports_what_it_prepared(plain: Engine, graphed: Engine) -> None
 
 def test_the_least_recently_used_graph_goes(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("engine.backends.graphs._MAX_GRAPHS", 2)
-    graphs = Graphs(lambda: _trace)
+    graphs = Graphs(lambda: partial(_trace))  # a pool of its own for each
 
     def double(_constants: None, x: torch.Tensor) -> torch.Tensor:
         return 2 * x
