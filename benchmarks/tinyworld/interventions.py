@@ -221,7 +221,7 @@ def _attending(sd: engine.Engine, make: Any) -> Iterator[None]:
     modules = [module for module in sd.unet.modules() if isinstance(module, SelfAttention)]
     before = [module.ops for module in modules]
     for module in modules:
-        module.ops = replace(module.ops, attention=make(module))
+        module.ops = replace(module.ops, attention=make(module), small=None)
     try:
         yield
     finally:
