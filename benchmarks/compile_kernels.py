@@ -172,8 +172,9 @@ def _attention_configurations() -> Iterator[Configuration]:
         yield residual_apply._residual_apply_fwd_kernel, dtype, types, constants
 
 
-def _queries_and_keys(dtype: str, head_dim: int) -> list[torch.Tensor]:
-    return [torch.empty(1, n, head_dim, dtype=_DTYPES.get(dtype, torch.float32)) for n in (1, _TEXT)]
+def _queries_and_keys(dtype: str, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
+    kind = _DTYPES.get(dtype, torch.float32)
+    return torch.empty(1, 1, head_dim, dtype=kind), torch.empty(1, _TEXT, head_dim, dtype=kind)
 
 
 def _dbim_configurations(dtype: str, head_dim: int) -> Iterator[Configuration]:

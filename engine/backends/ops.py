@@ -93,7 +93,7 @@ def serving(ops: Ops) -> dict[str, str]:
 
 def told(ops: Ops, graphs: Graphs | None) -> dict[str, object]:
     """What a result's settings say beside the backend's name, where that does not say it all."""
-    calibrated = {"ops": serving(ops)} if ops.name == CALIBRATED else {}
+    calibrated: dict[str, object] = {"ops": serving(ops)} if ops.name == CALIBRATED else {}
     return calibrated | ({} if graphs is None else {"graphs": graphs.failed or "replayed"})
 
 

@@ -105,7 +105,8 @@ def recording(found: dict[tuple[Key, int], Call]) -> Ops:
 
         return call
 
-    return Ops("recording", conv3x3=_convolved, **{op: recorded(op, shape) for op, shape in _SHAPES.items()})
+    others: dict[str, Any] = {op: recorded(op, shape) for op, shape in _SHAPES.items()}
+    return Ops("recording", conv3x3=_convolved, **others)
 
 
 def _convolved(x: Tensor, weight: Tensor, _bias: Tensor | None) -> Tensor:
