@@ -9,6 +9,7 @@ from typing import Any
 from unittest.mock import patch
 
 import torch
+from torch.utils._device import _device_constructors
 
 from engine.kernels.jit import load_kernels
 from tests.fake_cuda.card import Card, CudaError, Graph, Queue
@@ -38,6 +39,7 @@ class FakeCuda:
         self._stack.callback(_CARD.pop)
         for name, value in _SURFACE.items():
             self._stack.enter_context(patch.object(torch.cuda, name, value, create=True))
+        _device_constructors()  # torch keeps what it finds when first asked, for good: the real ones
         for make in (torch.tensor, torch.as_tensor, torch.arange, torch.eye):
             self._stack.enter_context(patch.object(torch, make.__name__, _from_host(make)))
         clear = self.card.workspaces.clear
