@@ -10,6 +10,7 @@
 #include <type_traits>
 
 #include "products.h"
+#include "softmax.h"
 #include "tile_attention.h"
 
 namespace twinstream {
@@ -89,25 +90,6 @@ struct Attention {
       for (int c = 0; c < C; c++) store(at + r * row + c * kLanes, load(at + r * row + c * kLanes) + sums[r][c]);
   }
 
-  // exp2(scale * (scores - top)) of one row as weights, with the running maximum and sum brought up to date.
-  void weigh(const float* scores, Weight* weights, int64_t vectors, Floats highest, float scale, float& top,
-             float& total, float* out) const {
-    const float now = std::max(top, largest(highest));
-    if (now > top) {
-      const float shrink = std::exp2(scale * (top - now));
-      total *= shrink;
-      for (int64_t c = 0; c < value_vectors; c++) store(out + c * kLanes, load(out + c * kLanes) * shrink);
-      top = now;
-    }
-    Floats sums = {};
-    for (int64_t j = 0; j < vectors; j++) {
-      const Floats w = exp2<kExpDegree<T>>((load(scores + j * kLanes) - top) * scale);
-      sums += w;
-      store(weights + j * kLanes, w);
-    }
-    total += sum(sums);
-  }
-
   // kRows queries of one head from row ``first`` on. If all keys are in one block, ``visit`` sees each row of the map:
   // its scores, the factor that brings them to powers of two, the largest score, and the sum of the powers.
   template <typename Visit>
@@ -133,12 +115,9 @@ struct Attention {
       const int64_t known = std::min<int64_t>(vectors * kLanes, n.S - start * kLanes);
       for (int64_t r = 0; r < kRows; r++) {
         float* own = scores + r * kBlock;
-        if (known < vectors * kLanes) {  // the padding's scores do not count
-          std::fill(own + known, own + vectors * kLanes, -std::numeric_limits<float>::max());
-          highest[r] = load(own);
-          for (int64_t i = 1; i < vectors; i++) highest[r] = max(highest[r], load(own + i * kLanes));
-        }
-        weigh(own, weights + r * kBlock, vectors, highest[r], scale, top[r], total[r], sums + r * row);
+        if (known < vectors * kLanes) highest[r] = highest_of(own, known, vectors * kLanes);  // without the padding
+        weigh<kExpDegree<T>>(own, weights + r * kBlock, vectors, highest[r], scale, top[r], total[r], sums + r * row,
+                             value_vectors);
       }
       const E* below = values + start * kLanes / kPair * row;
       const E* w = (const E*)weights;

@@ -10,6 +10,7 @@
 #include <memory>
 
 #include "simd.h"
+#include "softmax.h"
 
 namespace twinstream {
 
@@ -132,28 +133,6 @@ struct TileAttention {
     _tile_dpbf16ps(3, 5, 7);
   }
 
-  // exp2(scale * (scores - top)) of one row's ``count`` keys, of which ``known`` are there, as weights.
-  void weigh(float* scores, bfloat16* weights, int64_t known, int64_t count, float scale, float& top, float& total,
-             float* sums) const {
-    std::fill(scores + known, scores + count, -std::numeric_limits<float>::max());
-    Floats highest = load(scores);
-    for (int64_t i = kLanes; i < count; i += kLanes) highest = max(highest, load(scores + i));
-    const float now = std::max(top, largest(highest));
-    if (now > top) {
-      const float shrink = std::exp2(scale * (top - now));
-      total *= shrink;
-      for (int64_t c = 0; c < channel_tiles; c++) store(sums + c * kLanes, load(sums + c * kLanes) * shrink);
-      top = now;
-    }
-    Floats added = {};
-    for (int64_t i = 0; i < count; i += kLanes) {
-      const Floats w = exp2<kExpDegree<bfloat16>>((load(scores + i) - top) * scale);
-      added += w;
-      store(weights + i, w);
-    }
-    total += sum(added);
-  }
-
   // 32 queries of one head from row ``first`` on.
   void tile(const bfloat16* q, const uint32_t* keys, const uint32_t* values, bfloat16* out, int64_t first,
             bfloat16* queries, float* sums) const {
@@ -174,8 +153,11 @@ struct TileAttention {
       for (int64_t j = 0; j < some; j++)
         score(queries, keys + (block + j) * 2 * depth_tiles * kTileSize, scores + j * kTileDepth);
       const int64_t known = std::min(count, n.S - block * kTileDepth);
-      for (int64_t r = 0; r < rows; r++)
-        weigh(scores + r * kTileKeys, weights + r * kTileKeys, known, count, scale, top[r], total[r], sums + r * row);
+      for (int64_t r = 0; r < rows; r++) {
+        float* own = scores + r * kTileKeys;
+        weigh<kExpDegree<bfloat16>>(own, weights + r * kTileKeys, count / kLanes, highest_of(own, known, count), scale,
+                                    top[r], total[r], sums + r * row, channel_tiles);
+      }
       for (int64_t c = 0; c < channel_tiles; c += 2)
         gather(weights, values + (block * channel_tiles + c) * kTileSize, sums + c * kTileRows, some,
                c + 1 < channel_tiles);

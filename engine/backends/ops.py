@@ -43,6 +43,10 @@ class Ops:
     linear_add: Callable[..., Tensor]
     small: SmallBlocks | None = None
 
+    def small_for(self, positions: int, *channels: int) -> SmallBlocks | None:
+        """``small``, where a picture has so few positions, and a block so few channels; else None."""
+        return self.small if self.small is not None and self.small.fit(positions, *channels) else None
+
 
 TORCH = Ops(
     name="torch",

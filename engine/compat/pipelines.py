@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import re
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import fields
 from functools import partial
 from typing import Any, NamedTuple
 
@@ -203,13 +202,11 @@ class _Drawing:
             "customization": self.custom,
             "output": output,
             "progress": self.pipeline._progress,
+            "clip_skip": clip_skip or 0,
+            "long_prompts": "truncate",
         }
         if not (output == "latent" and "image" not in given):
             options |= self.pipeline._vae_options
-        if clip_skip:
-            options["clip_skip"] = clip_skip
-        if "long_prompts" in {one.name for one in fields(Options)}:
-            options["long_prompts"] = "truncate"
         if watched.callback is not None:
             watched.timesteps = partial(_timesteps, self.sd, options)
             options["callback"] = watched

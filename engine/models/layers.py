@@ -79,11 +79,11 @@ class ResnetBlock2D(nn.Module):
     def forward(self, x: Tensor, shift: Tensor | None = None) -> Tensor:
         """``x`` is (B, C, h, w); ``shift`` (B, C_out) has the first convolution's bias in it; None for that alone."""
         shift = self.conv1.bias[None] if shift is None else shift
-        if self.ops.small is not None and self.ops.small.fit(x.shape[2] * x.shape[3], *self.conv1.weight.shape[:2]):
+        if (small := self.ops.small_for(x.shape[2] * x.shape[3], *self.conv1.weight.shape[:2])) is not None:
             shortcut = self.conv_shortcut and (self.conv_shortcut.weight, self.conv_shortcut.bias)
             norm1, norm2 = ((norm.weight, norm.bias) for norm in (self.norm1, self.norm2))
             conv2, groups, eps = (self.conv2.weight, self.conv2.bias), self.norm1.num_groups, self.norm1.eps
-            return self.ops.small.resnet(x, shift, norm1, self.conv1.weight, norm2, conv2, shortcut, groups, eps)
+            return small.resnet(x, shift, norm1, self.conv1.weight, norm2, conv2, shortcut, groups, eps)
         h = self.conv1.without_bias(self.norm1(x))
         h = self.conv2.without_bias(self.norm2(h, shift))
         if self.conv_shortcut is not None:
@@ -100,8 +100,8 @@ class Downsample2D(nn.Module):
         self.conv = nn.Conv2d(channels, channels, 3, stride=2, padding=padding)
 
     def forward(self, x: Tensor) -> Tensor:
-        small = self.ops.small
-        if small is not None and self.padding and small.fit(x.shape[2] * x.shape[3], x.shape[1]):
+        small = self.ops.small_for(x.shape[2] * x.shape[3], x.shape[1])
+        if small is not None and self.padding:
             return small.convolution(x, self.conv.weight, self.conv.bias, stride=2)
         return self.conv(x if self.padding else F.pad(x, (0, 1, 0, 1)))
 
@@ -115,8 +115,7 @@ class Upsample2D(nn.Module):
         self.conv = Conv3x3(channels, channels, ops)
 
     def forward(self, x: Tensor, size: tuple[int, int]) -> Tensor:
-        small = self.ops.small
-        if small is not None and small.fit(size[0] * size[1], x.shape[1]):
+        if (small := self.ops.small_for(size[0] * size[1], x.shape[1])) is not None:
             return small.convolution(x, self.conv.weight, self.conv.bias, size=size)
         return self.conv(F.interpolate(x, size=size, mode="nearest"))
 

@@ -6,7 +6,6 @@ within. Parameters have diffusers' names.
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -14,7 +13,7 @@ from torch import Tensor, nn
 
 from ..backends.ops import TORCH, Ops
 from .config import VAEConfig
-from .vae import AutoencoderKL, blend_tiles
+from .vae import Autoencoder, AutoencoderKL
 
 _BOUND = 3.0  # latents beyond are squeezed
 
@@ -91,7 +90,7 @@ class DecoderTiny(nn.Module):
         return self.layers(torch.tanh(latents / _BOUND) * _BOUND) * 2 - 1
 
 
-class AutoencoderTiny(nn.Module):
+class AutoencoderTiny(Autoencoder):
     """What ``AutoencoderKL`` is to its callers, without a posterior: latents have no variance."""
 
     def __init__(self, config: TinyVAEConfig, ops: Ops = TORCH) -> None:
@@ -101,34 +100,16 @@ class AutoencoderTiny(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """One of its weights, for device and dtype."""
         return self.decoder.layers[0].weight  # pyright: ignore[reportReturnType]
 
     def posterior(self, images: Tensor, slicing: bool = False, tiling: bool = False) -> tuple[Tensor, Tensor]:
         """Latents, and zeros for their standard deviation, each (B, 4, h, w); see ``AutoencoderKL.posterior``."""
-        factor = self.config.factor
-        if images.ndim != 4 or images.shape[1] != self.config.in_channels or any(n % factor for n in images.shape[2:]):
-            rule = f"images must be (B, {self.config.in_channels}, H, W) with H and W multiples of {factor}"
-            raise ValueError(f"{rule}, got {tuple(images.shape)}")
-        latents = self._run(self.encoder, images, (factor, 1), slicing, tiling)
+        latents = self._encoded(self.encoder, images, slicing, tiling)
         return latents, torch.zeros_like(latents)
-
-    def encode(self, images: Tensor) -> Tensor:
-        """Latents (B, 4, h, w)."""
-        return self.posterior(images)[0]
 
     def decode(self, latents: Tensor, slicing: bool = False, tiling: bool = False) -> Tensor:
         """Pictures (B, 3, H, W) near [-1, 1]; arguments as of ``AutoencoderKL.decode``."""
-        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
-            raise ValueError(f"latents must be (B, {self.config.latent_channels}, h, w), got {tuple(latents.shape)}")
-        return self._run(self.decoder, latents, (1, self.config.factor), slicing, tiling)
-
-    def _run(
-        self, network: Callable[[Tensor], Tensor], x: Tensor, units: tuple[int, int], slicing: bool, tiling: bool
-    ) -> Tensor:
-        x = x.to(self.weight.dtype)
-        rows = x.split(1) if slicing else [x]
-        return torch.cat([blend_tiles(network, row, units) if tiling else network(row) for row in rows])
+        return self._decoded(self.decoder, latents, slicing, tiling)
 
 
 VAE = AutoencoderKL | AutoencoderTiny

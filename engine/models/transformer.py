@@ -30,8 +30,7 @@ class SelfAttention(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """``x`` (B, N, C) plus the attention of ``norm(x)``."""
-        small = self.ops.small
-        if small is not None and small.fit(*x.shape[1:]):
+        if (small := self.ops.small_for(*x.shape[1:])) is not None:
             of_norm, to_out = (norm.weight, norm.bias), _map(self.to_out[0])
             return small.self_attention(x, of_norm, norm.eps, self.to_qkv.weight, to_out, self.n_heads)
         qkv = self.ops.layer_norm_linear(x, norm.weight, norm.bias, norm.eps, self.to_qkv.weight)
@@ -72,9 +71,9 @@ class CrossAttention(nn.Module):
     def forward(self, x: Tensor, norm: nn.LayerNorm, condition: Conditioning) -> Tensor:
         """``x`` (B, N, C) plus the attention of ``norm(x)``."""
         keys, values = condition.batch.text[self.layer]
-        n_plain, small = self._n_plain(len(x), condition), self.ops.small
+        n_plain, small = self._n_plain(len(x), condition), self.ops.small_for(*x.shape[1:])
         is_plain = n_plain == len(x) and condition.batch.images is None
-        if is_plain and small is not None and small.fit(*x.shape[1:]):
+        if is_plain and small is not None:
             of_norm, to_out = (norm.weight, norm.bias), _map(self.to_out[0])
             return small.cross_attention(x, keys, values, of_norm, norm.eps, self.to_q.weight, to_out, self.n_heads)
         queries = self._queries(x, norm)
@@ -161,8 +160,7 @@ class FeedForward(nn.Module):
 
     def forward(self, x: Tensor, norm: nn.LayerNorm) -> Tensor:
         """``x`` (B, N, C) plus the feed-forward of ``norm(x)``."""
-        small = self.ops.small
-        if small is not None and small.fit(*x.shape[1:]):
+        if (small := self.ops.small_for(*x.shape[1:])) is not None:
             maps = _map(cast(GEGLU, self.net[0]).proj), _map(self.net[2])
             return small.feed_forward(x, (norm.weight, norm.bias), norm.eps, *maps)
         return self.ops.linear_add(self.hidden(x, norm), self.net[2].weight, self.net[2].bias, x)
@@ -240,7 +238,7 @@ class Transformer2DModel(nn.Module):
 
     def forward(self, x: Tensor, condition: Conditioning) -> Tensor:
         B, C, height, width = x.shape
-        small = self.ops.small if self.ops.small is not None and self.ops.small.fit(height * width, C) else None
+        small = self.ops.small_for(height * width, C)
         if small is None:
             projected = self.proj_in(self.norm(x).permute(0, 2, 3, 1))
         else:

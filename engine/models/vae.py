@@ -6,6 +6,7 @@ Latents here are unscaled: multiply by ``config.scaling_factor`` for what the UN
 from __future__ import annotations
 
 from collections.abc import Callable
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -17,6 +18,8 @@ from .layers import Downsample2D, GroupNorm, GroupNormSiLU, ResnetBlock2D, Upsam
 _EPS = 1e-6
 _TILE = 64  # latent positions along a tile's side
 _OVERLAP = 16
+
+Network = Callable[[Tensor], Tensor]
 
 
 class VAEAttention(nn.Module):
@@ -117,8 +120,47 @@ class Decoder(nn.Module):
         return self.conv_out(self.conv_norm_out(x))
 
 
-class AutoencoderKL(nn.Module):
-    """Pictures in [-1, 1] (B, 3, H, W) to latents (B, 4, H/factor, W/factor) and back."""
+class Autoencoder(nn.Module):
+    """What all autoencoders have in common: pictures in [-1, 1] (B, 3, H, W), latents (B, 4, H/factor, W/factor).
+
+    Attributes:
+        config: with ``factor``, ``in_channels`` and ``latent_channels``.
+    """
+
+    config: Any
+
+    @property
+    def weight(self) -> Tensor:
+        """One of its weights, for device and dtype."""
+        raise NotImplementedError
+
+    def posterior(self, images: Tensor, slicing: bool = False, tiling: bool = False) -> tuple[Tensor, Tensor]:
+        raise NotImplementedError
+
+    def encode(self, images: Tensor) -> Tensor:
+        """The posterior's mean: unscaled latents (B, 4, h, w)."""
+        return self.posterior(images)[0]
+
+    def _encoded(self, network: Network, images: Tensor, slicing: bool, tiling: bool) -> Tensor:
+        factor, channels = self.config.factor, self.config.in_channels
+        if images.ndim != 4 or images.shape[1] != channels or any(n % factor for n in images.shape[2:]):
+            rule = f"images must be (B, {channels}, H, W) with H and W multiples of {factor}"
+            raise ValueError(f"{rule}, got {tuple(images.shape)}")
+        return self._run(network, images, (factor, 1), slicing, tiling)
+
+    def _decoded(self, network: Network, latents: Tensor, slicing: bool, tiling: bool) -> Tensor:
+        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
+            raise ValueError(f"latents must be (B, {self.config.latent_channels}, h, w), got {tuple(latents.shape)}")
+        return self._run(network, latents, (1, self.config.factor), slicing, tiling)
+
+    def _run(self, network: Network, x: Tensor, units: tuple[int, int], slicing: bool, tiling: bool) -> Tensor:
+        x = x.to(self.weight.dtype)
+        rows = x.split(1) if slicing else [x]
+        return torch.cat([blend_tiles(network, row, units) if tiling else network(row) for row in rows])
+
+
+class AutoencoderKL(Autoencoder):
+    """An autoencoder whose latents are drawn from a Gaussian."""
 
     def __init__(self, config: VAEConfig, ops: Ops = TORCH) -> None:
         super().__init__()
@@ -130,22 +172,12 @@ class AutoencoderKL(nn.Module):
 
     @property
     def weight(self) -> Tensor:
-        """One of its weights, for device and dtype."""
         return self.quant_conv.weight
 
     def posterior(self, images: Tensor, slicing: bool = False, tiling: bool = False) -> tuple[Tensor, Tensor]:
         """Mean and standard deviation of the latents' Gaussian, unscaled, each (B, 4, h, w); flags as in ``decode``."""
-        factor = self.config.factor
-        if images.ndim != 4 or images.shape[1] != self.config.in_channels or any(n % factor for n in images.shape[2:]):
-            rule = f"images must be (B, {self.config.in_channels}, H, W) with H and W multiples of {factor}"
-            raise ValueError(f"{rule}, got {tuple(images.shape)}")
-        moments = self._run(self._moments, images, (factor, 1), slicing, tiling)
-        mean, log_variance = moments.chunk(2, dim=1)
+        mean, log_variance = self._encoded(self._moments, images, slicing, tiling).chunk(2, dim=1)
         return mean, torch.exp(0.5 * log_variance.clamp(-30.0, 20.0))
-
-    def encode(self, images: Tensor) -> Tensor:
-        """The posterior's mean: unscaled latents (B, 4, h, w)."""
-        return self.posterior(images)[0]
 
     def decode(self, latents: Tensor, slicing: bool = False, tiling: bool = False) -> Tensor:
         """Pictures (B, 3, H, W) near [-1, 1] from unscaled latents (B, 4, h, w).
@@ -156,9 +188,7 @@ class AutoencoderKL(nn.Module):
             tiling: decode overlapping tiles of 64x64 latents and blend them. For large pictures; the result differs
                 slightly, since normalisation and attention see one tile at a time.
         """
-        if latents.ndim != 4 or latents.shape[1] != self.config.latent_channels:
-            raise ValueError(f"latents must be (B, {self.config.latent_channels}, h, w), got {tuple(latents.shape)}")
-        return self._run(self._pixels, latents, (1, self.config.factor), slicing, tiling)
+        return self._decoded(self._pixels, latents, slicing, tiling)
 
     def _moments(self, images: Tensor) -> Tensor:
         return self.quant_conv(self.encoder(images))
@@ -166,15 +196,8 @@ class AutoencoderKL(nn.Module):
     def _pixels(self, latents: Tensor) -> Tensor:
         return self.decoder(self.post_quant_conv(latents))
 
-    def _run(
-        self, network: Callable[[Tensor], Tensor], x: Tensor, units: tuple[int, int], slicing: bool, tiling: bool
-    ) -> Tensor:
-        x = x.to(self.weight.dtype)
-        rows = x.split(1) if slicing else [x]
-        return torch.cat([blend_tiles(network, row, units) if tiling else network(row) for row in rows])
 
-
-def blend_tiles(network: Callable[[Tensor], Tensor], x: Tensor, units: tuple[int, int]) -> Tensor:
+def blend_tiles(network: Network, x: Tensor, units: tuple[int, int]) -> Tensor:
     """Run a network on overlapping tiles and average its results with weights that fall linearly to the tiles' edges.
 
     Args:

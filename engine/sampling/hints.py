@@ -11,6 +11,7 @@ from PIL import Image, ImageOps
 from torch import Tensor
 
 from ..methods.control import Control
+from .given import as_given
 
 
 def make_hints(
@@ -30,11 +31,7 @@ def make_hints(
         if control.net.control.factor != factor:
             rule = f"control {control.net.name!r} belongs to a model whose latents are {control.net.control.factor}"
             raise ValueError(f"{rule} times smaller than its pictures; this model's are {factor} times")
-        given = control.image
-        pictures: Any = given if isinstance(given, list | tuple) or getattr(given, "ndim", 0) == 4 else [given]
-        if len(pictures) not in (1, n_prompts, n_images):
-            rule = f"the image of a control must be one picture, one per prompt or one per image ({n_images})"
-            raise ValueError(f"{rule}, got {len(pictures)}")
+        pictures = as_given("the image of a control", "picture", control.image, n_prompts, n_images)
         made.append(torch.stack([_hint(picture, size) for picture in pictures]))
     return tuple(made)
 

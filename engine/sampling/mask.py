@@ -15,6 +15,7 @@ from PIL import Image, ImageFilter, ImageOps
 from torch import Tensor
 
 from .arguments import Options
+from .given import as_given, one_per_image
 
 HALF = 0.5  # from here on a mask counts as redrawn where it must be hard
 _LANCZOS = Image.Resampling.LANCZOS
@@ -85,14 +86,11 @@ def check_mask(options: Options, takes_masks: bool) -> None:
 
 def read_masks(options: Options, n_prompts: int) -> list[Image.Image]:
     """The masks given, one per picture to draw, in mode "1" or "L", blurred where that is asked for."""
-    given = list(options.mask) if isinstance(options.mask, list | tuple) else [options.mask]
     n_images = n_prompts * options.images_per_prompt
-    if len(given) not in (1, n_prompts, n_images):
-        raise ValueError(f"mask must be one mask, one per prompt or one per image ({n_images}), got {len(given)}")
-    masks = [_read(mask) for mask in given]
+    masks = [_read(mask) for mask in as_given("mask", "mask", options.mask, n_prompts, n_images, own_axes=None)]
     if options.mask_blur:
         masks = [mask.convert("L").filter(ImageFilter.GaussianBlur(options.mask_blur)) for mask in masks]
-    return [mask for mask in masks for _ in range(n_images // len(masks))]
+    return one_per_image(masks, n_images)
 
 
 def cut(

@@ -15,6 +15,7 @@ from ..checks import check_integer, check_texts
 from ..methods.dci import DCI
 from ..methods.image_prompt import ImagePrompt, prompts_per_image
 from .arguments import DEFAULT_STRENGTH, DEFAULT_UPSCALE_STRENGTH, Customization, Options
+from .given import as_given, one_per_image
 from .hints import make_hints
 from .mask import Masked, check_mask, cut, read_masks
 from .samplers import WITH_ETA
@@ -111,12 +112,15 @@ def make_request(limits: ModelLimits, prompt: str | Sequence[str], options: Opti
     check_integer("steps", options.steps, 1, limits.num_train_timesteps)
     _check_together(options)
     check_mask(options, limits.takes_masks)
-    pictures = None if options.image is None else _pictures(options.image, len(prompts), per_prompt)
+    pictures = None
+    if options.image is not None:
+        given = as_given("image", "picture", options.image, len(prompts), n_images)
+        pictures = [_to_pil(picture) for picture in given]
     whole = pictures if options.mask_padding is None else None  # a crop has the size that the model draws best
     height, width = _size(limits, options, None if whole is None else whole[0])
     limits.check_memory(n_images, height, width, options)
     if pictures is not None:
-        pictures = _one_per_image(pictures, n_images)
+        pictures = one_per_image(pictures, n_images)
     masked = None
     if pictures is not None and options.mask is not None:
         pictures, masks, crops = cut(options, pictures, read_masks(options, len(prompts)), (height, width))
@@ -237,19 +241,6 @@ def _start_noise(limits: ModelLimits, latents: Any, n_images: int, height: int, 
     if not torch.isfinite(latents).all():
         raise ValueError("latents must be finite, got NaN or infinity")
     return latents.detach().float()
-
-
-def _pictures(image: Any, n_prompts: int, per_prompt: int) -> list[Image.Image]:
-    """The pictures given: one, one per prompt, or one per image."""
-    given = list(image) if isinstance(image, list | tuple) or getattr(image, "ndim", 0) == 4 else [image]
-    n_images = n_prompts * per_prompt
-    if len(given) not in (1, n_prompts, n_images):
-        raise ValueError(f"image must be one picture, one per prompt or one per image ({n_images}), got {len(given)}")
-    return [_to_pil(picture) for picture in given]
-
-
-def _one_per_image(pictures: list[Image.Image], n_images: int) -> list[Image.Image]:
-    return [picture for picture in pictures for _ in range(n_images // len(pictures))]
 
 
 def _to_pil(picture: Any) -> Image.Image:

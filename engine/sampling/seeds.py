@@ -11,6 +11,7 @@ import torch
 from torch import Tensor
 
 from ..checks import check_integer
+from .given import listed
 
 if TYPE_CHECKING:
     from .arguments import Options
@@ -130,8 +131,7 @@ class Noise:
         """
         self._of_auxiliaries()
         given, n_images = self.request.options.image, len(self.request.seeds)
-        n_given = len(given) if isinstance(given, list | tuple) or getattr(given, "ndim", 0) == 4 else 1  # type: ignore[arg-type]
-        n_drawn = n_given if len(self.own) == 1 else n_images
+        n_drawn = len(listed(given)) if len(self.own) == 1 else n_images
         return self._draw(n_drawn).repeat_interleave(n_images // n_drawn, dim=0)
 
     def _draw(self, n: int) -> Tensor:

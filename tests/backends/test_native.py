@@ -1,7 +1,7 @@
 """Native CPU kernels, at every level this processor runs: accuracy, odd sizes, threads, alignment, refusals."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import fields
 from pathlib import Path
 from typing import Any
@@ -12,7 +12,7 @@ from torch import Tensor
 
 import engine
 from engine.backends import native
-from engine.backends.native import DTYPES, LEVELS, Kernels, levels, native_kernels, native_ops
+from engine.backends.native import LEVELS, Kernels, levels, native_kernels, native_ops
 from engine.backends.ops import TORCH, Ops
 from engine.backends.packed_weights import PackedLinear, _is_worth_packing, can_pack
 from engine.kernels.cross_attention import cross_attention_ref
@@ -34,32 +34,6 @@ _ATTENTION = [  # B, N, S, heads, head dim
     (1, 70, 130, 1, 512),
     (1, 1, 1, 1, 1),
 ]
-
-
-@pytest.fixture(params=LEVELS)
-def ops(request: pytest.FixtureRequest) -> Ops:
-    if request.param not in levels():
-        pytest.skip(f"this processor runs {', '.join(levels())}")
-    return native_ops(request.param)
-
-
-@pytest.fixture
-def kernels(ops: Ops) -> Kernels:
-    """Those behind ``ops``."""
-    return ops.attention.__self__
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 def _random(*shape: int, dtype: torch.dtype, aligned: bool = False) -> Tensor:

@@ -3,7 +3,7 @@
 import threading
 import time
 import weakref
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from typing import Any
@@ -14,7 +14,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 import engine
-from engine.backends.native import DTYPES, LEVELS, levels, native_ops
+from engine.backends.native import levels
 from engine.backends.ops import TORCH, Ops
 from engine.backends.small_blocks import SmallBlocks
 from engine.models.conditioning import Batch, Conditioning
@@ -39,26 +39,6 @@ _TOKENS = [  # B, N, heads, head dim, keys
     (1, 1, 1, 2, 1),
     (2, 9, 5, 50, 20),
 ]
-
-
-@pytest.fixture(params=LEVELS)
-def ops(request: pytest.FixtureRequest) -> Ops:
-    if request.param not in levels():
-        pytest.skip(f"this processor runs {', '.join(levels())}")
-    return native_ops(request.param)
-
-
-@pytest.fixture(params=DTYPES, ids=str)
-def dtype(request: pytest.FixtureRequest) -> torch.dtype:
-    return request.param
-
-
-@pytest.fixture(params=[1, 2])
-def threads(request: pytest.FixtureRequest) -> Iterator[int]:
-    before = torch.get_num_threads()
-    torch.set_num_threads(request.param)
-    yield request.param
-    torch.set_num_threads(before)
 
 
 class _Spy:

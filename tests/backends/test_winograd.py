@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from engine.backends.native import LEVELS, Kernels, is_filtering_faster, levels, native_kernels
+from engine.backends.native import Kernels, is_filtering_faster, levels, native_kernels
 from engine.kernels.conv3x3 import conv3x3_ref
 from engine.models.layers import Conv3x3, pack_convolutions
 from tests.backends.test_native import _random
@@ -28,13 +28,6 @@ _SHAPES = [  # B, C, height, width, C_out
     (1, 3, 2, 3, 1),
     (1, 1, 1, 1, 3),
 ]
-
-
-@pytest.fixture(params=LEVELS)
-def kernels(request: pytest.FixtureRequest) -> Kernels:
-    if request.param not in levels():
-        pytest.skip(f"this processor runs {', '.join(levels())}")
-    return native_kernels(request.param)
 
 
 @pytest.fixture

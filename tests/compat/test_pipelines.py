@@ -43,6 +43,16 @@ def test_it_draws_what_the_engine_draws(pipe: StableDiffusionPipeline, small: en
     assert nsfw is None
 
 
+@pytest.mark.parametrize("clip_skip", [None, 0, 1])
+def test_clip_skip_is_counted_as_the_engine_counts(
+    pipe: StableDiffusionPipeline, small: engine.Engine, clip_skip: int | None
+) -> None:
+    images = pipe("a cat", generator=torch.Generator().manual_seed(3), clip_skip=clip_skip, **_QUICK).images
+    options = {"steps": 2, "guidance_scale": 7.5, "output": "numpy", "progress": False}
+    out = small.generate("a cat", seed=3, sampler="pndm", clip_skip=clip_skip or 0, **options)
+    assert np.array_equal(images, out.images)
+
+
 def test_weights_are_read_when_they_are_needed(small_folder: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     from engine.compat import base
 

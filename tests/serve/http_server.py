@@ -1,5 +1,7 @@
 """A server for tests, in a thread of this process."""
 
+import base64
+import io
 import threading
 import time
 from collections.abc import Iterator, Sequence
@@ -8,7 +10,9 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import uvicorn
+from PIL import Image
 
 import engine
 from engine.serve.http.app import make_app
@@ -22,6 +26,11 @@ class Running:
     url: str
     service: Service
     server: uvicorn.Server
+
+
+def pixels_of(text: str) -> np.ndarray:
+    """A picture (H, W, 3) uint8 that came in base64."""
+    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 
 
 @contextmanager

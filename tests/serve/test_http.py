@@ -24,7 +24,7 @@ from engine.serve.http.run import check_address, read_tokens
 from engine.serve.http.service import Limits
 from tests.parity.test_ico import _concept as ico_concept
 from tests.pipelines import random_concept
-from tests.serve.http_server import Running, running
+from tests.serve.http_server import Running, pixels_of, running
 
 TOKEN = "a-token-of-thirty-two-characters"
 PROMPT, QUICK = "a photo of a cat", {"steps": 3, "seed": 1}
@@ -37,16 +37,6 @@ def server(small: engine.Engine, tmp_path_factory: pytest.TempPathFactory) -> It
     random_concept(small).save(folder / "shipped" / "kitty.safetensors")
     with running(small, folder) as one:
         yield one
-
-
-@pytest.fixture
-def http(server: Running) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        yield client
-
-
-def _picture(text: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 
 
 def _events(response: httpx.Response) -> list[tuple[str, dict[str, Any]]]:
@@ -77,9 +67,9 @@ def test_generate_draws_what_the_engine_draws(small: engine.Engine, http: httpx.
     )
     assert out.foundation_images is not None
     for i in range(2):
-        assert abs(_picture(answer["images"][i]).astype(int) - np.asarray(out.images[i])).max() <= 1
+        assert abs(pixels_of(answer["images"][i]).astype(int) - np.asarray(out.images[i])).max() <= 1
         assert (
-            abs(_picture(answer["foundation_images"][i]).astype(int) - np.asarray(out.foundation_images[i])).max() <= 1
+            abs(pixels_of(answer["foundation_images"][i]).astype(int) - np.asarray(out.foundation_images[i])).max() <= 1
         )
     assert answer["seeds"] == [1, 2]
     assert answer["settings"] == json.loads(json.dumps(out.settings))
@@ -97,7 +87,7 @@ def test_starting_from_a_picture(small: engine.Engine, http: httpx.Client) -> No
     expected = small.generate(PROMPT, image=pixels, strength=0.7, progress=False, **QUICK).images[0]
     for image in (text, f"data:image/png;base64,{text}", [text]):
         answer = http.post("/v1/generate", json={"prompt": PROMPT, "image": image, "strength": 0.7, **QUICK})
-        assert abs(_picture(answer.json()["images"][0]).astype(int) - np.asarray(expected)).max() <= 1
+        assert abs(pixels_of(answer.json()["images"][0]).astype(int) - np.asarray(expected)).max() <= 1
 
 
 def test_a_stream_tells_how_far_it_is(http: httpx.Client) -> None:
@@ -241,7 +231,7 @@ def test_openai_pictures(small: engine.Engine, openai_client: openai.OpenAI) -> 
     out = small.generate(PROMPT, images_per_prompt=2, width=24, height=16, sampler="euler", progress=False, **QUICK)
     assert answer.data is not None
     for one, theirs in zip(answer.data, out.images, strict=True):
-        assert abs(_picture(one.b64_json or "").astype(int) - np.asarray(theirs)).max() <= 1
+        assert abs(pixels_of(one.b64_json or "").astype(int) - np.asarray(theirs)).max() <= 1
     linked = openai_client.images.generate(prompt=PROMPT, response_format="url", extra_body=QUICK)
     assert linked.data is not None
     assert Image.open(io.BytesIO(httpx.get(linked.data[0].url or "").content)).format == "PNG"

@@ -14,7 +14,7 @@ from PIL import Image
 
 import engine
 from engine.serve.http.service import Limits
-from tests.serve.http_server import Running, running
+from tests.serve.http_server import Running, pixels_of, running
 
 PROMPT, QUICK = "a photo of a cat", {"steps": 3, "seed": 1}
 
@@ -23,16 +23,6 @@ PROMPT, QUICK = "a photo of a cat", {"steps": 3, "seed": 1}
 def server(small: engine.Engine, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Running]:
     with running(small, tmp_path_factory.mktemp("server")) as one:
         yield one
-
-
-@pytest.fixture
-def http(server: Running) -> Iterator[httpx.Client]:
-    with httpx.Client(base_url=server.url, timeout=60) as client:
-        yield client
-
-
-def _picture(text: str) -> np.ndarray:
-    return np.asarray(Image.open(io.BytesIO(base64.b64decode(text))).convert("RGB"))
 
 
 def _sent(pixels: np.ndarray) -> str:
@@ -56,7 +46,7 @@ def test_inpainting(small: engine.Engine, http: httpx.Client) -> None:
     body = {"prompt": PROMPT, "image": _sent(pixels), "mask": _sent(mask), **QUICK, **more}
     for given in (body, body | {"mask": [_sent(mask)]}):
         answer = http.post("/v1/generate", json=given).json()
-        assert abs(_picture(answer["images"][0]).astype(int) - np.asarray(expected)).max() <= 1
+        assert abs(pixels_of(answer["images"][0]).astype(int) - np.asarray(expected)).max() <= 1
         assert answer["settings"]["mask_padding"] == 1
     assert not np.array_equal(np.asarray(expected), pixels)
 
@@ -86,7 +76,7 @@ def test_openai_masks(small: engine.Engine, server: Running) -> None:
         openai_client.images.edit(image=files[1], **more),
     ):
         assert answer.data is not None
-        assert abs(_picture(answer.data[0].b64_json or "").astype(int) - np.asarray(expected)).max() <= 1
+        assert abs(pixels_of(answer.data[0].b64_json or "").astype(int) - np.asarray(expected)).max() <= 1
 
 
 @pytest.mark.parametrize("inverted", [0, 1])
@@ -117,7 +107,7 @@ def test_a1111_masks_have_its_defaults(small: engine.Engine, http: httpx.Client)
         PROMPT, image=pixels, mask=mask, mask_blur=4, mask_padding=0, strength=0.75, guidance_scale=7.0,
         progress=False, **QUICK,
     )  # fmt: skip
-    assert abs(_picture(answer["images"][0]).astype(int) - np.asarray(ours.images[0])).max() <= 1
+    assert abs(pixels_of(answer["images"][0]).astype(int) - np.asarray(ours.images[0])).max() <= 1
     for options, message in (
         ({"inpainting_fill": 0}, "inpainting_fill must be 1 with a mask on this server, got 0"),
         ({"mask_round": True}, "mask_round must be False with a mask on this server, got True"),
