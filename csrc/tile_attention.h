@@ -1,5 +1,4 @@
-// Attention in bfloat16 on processors with AMX, whose instructions multiply tiles of 16 rows by 32 elements: there the
-// vectors' products of pairs take sixteen times as long. The walk over blocks of keys is that of attention.h.
+// Attention in bfloat16 on processors with AMX, whose instructions multiply tiles of 16 rows by 32 elements. The walk over blocks of keys is that of attention.h.
 #pragma once
 
 #if defined(__AMX_BF16__)

@@ -55,10 +55,10 @@ def read_request(
     options: dict[str, Any] = {}
     if arguments.from_picture is not None:
         options = read_settings(arguments.from_picture)
-    prompts = arguments.prompts or [options[name] for name in ("prompt",) if options.get(name)]
+    own = options.pop("prompt", None)
+    prompts = arguments.prompts or ([own] if own else [])
     if not prompts:
         raise ValueError("prompt must be given, or --from a picture that has one, got none")
-    options.pop("prompt", None)
     for name in [dependent for head, names in _DEPENDENT.items() if head in given for dependent in names]:
         options.pop(name, None)
     options |= given

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import check_choice, check_integer, check_number
-from .methods.lora import LoRA
+from .methods.lora import asked_lora
 
 
 def add_batch(parser: argparse.ArgumentParser) -> None:
@@ -157,8 +157,8 @@ def _add_address(parser: argparse.ArgumentParser) -> None:
 def loading_arguments(arguments: argparse.Namespace) -> dict[str, Any]:
     """The arguments of ``engine.load``."""
     names = ("model", "device", "dtype", "backend", "config", "vae", "calibrate")
-    loading = {name: getattr(arguments, name) for name in names} | {"loras": [_lora(text) for text in arguments.loras]}
-    return loading | {"embeddings": _embeddings(arguments.embeddings)}
+    loading = {name: getattr(arguments, name) for name in names}
+    return loading | {"loras": [*map(asked_lora, arguments.loras)], "embeddings": _embeddings(arguments.embeddings)}
 
 
 def _embeddings(given: Sequence[str]) -> dict[str, str]:
@@ -172,18 +172,6 @@ def _embeddings(given: Sequence[str]) -> dict[str, str]:
             raise ValueError(f"embedding must have a name of its own, got {name!r} twice")
         found[name] = path
     return found
-
-
-def _lora(text: str) -> LoRA:
-    """``FILE`` or ``FILE:WEIGHT``."""
-    path, colon, weight = text.rpartition(":")
-    if not colon or Path(text).exists():
-        return LoRA(text)
-    try:
-        factor = float(weight)
-    except ValueError as error:
-        raise ValueError(f"lora must be FILE or FILE:WEIGHT with a number, got {text!r}") from error
-    return LoRA(path, factor)
 
 
 def _convert(arguments: argparse.Namespace) -> int:

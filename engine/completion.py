@@ -5,10 +5,11 @@ from __future__ import annotations
 import argparse
 import re
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, fields
+from dataclasses import dataclass
 from functools import partial
 
 from .checks import check_choice
+from .options import on_command_line
 from .sampling.arguments import Options
 
 SHELLS = ("bash", "zsh", "fish")
@@ -83,7 +84,7 @@ def _commands(parser: argparse.ArgumentParser, path: tuple[str, ...]) -> Iterato
 
 def _values() -> dict[str, tuple[str, ...]]:
     """The choices of options of ``generate`` that have some."""
-    checks = {f"--{one.name.replace('_', '-')}": one.metadata["check"] for one in fields(Options)}
+    checks = {f"--{one.name.replace('_', '-')}": one.metadata["check"] for one in on_command_line(Options)}
     return {
         flag: check.keywords["choices"]
         for flag, check in checks.items()

@@ -109,7 +109,7 @@ class Engine:
     def begin(self, request: Request, clock: StageClock) -> Denoising:
         """The stages of ``generate`` before the loop: texts, rows and starts."""
         asked = request.options
-        timetable = self.timetables(asked.sampler, asked.steps, asked.eta, request.begin, asked.schedule)
+        timetable = self.timetables.of(request)
         with clock("text"):
             texts = Texts(self.text_encoder, asked.long_prompts, asked.clip_skip)
             plans = make_plans(request, len(timetable), texts, self.concepts, self.device)

@@ -33,7 +33,7 @@ from .result import Result
 from .text.encoder import TextEncoder
 from .warn import warn
 from .weights.checkpoint import Checkpoint, open_checkpoint
-from .weights.tensors import load_module
+from .weights.tensors import fill_positions, load_module
 from .weights.vae_file import with_vae
 
 _DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -105,10 +105,8 @@ def load(
     text_encoder = _load_text_encoder(checkpoint, text, where, kind, of_text, words)
     load_module(unet, checkpoint.unet, where, kind, of_unet)
     load_module(autoencoder, checkpoint.vae, where, kind)
-    for network in (unet, autoencoder):
-        place_convolutions(network, ops.name, where, has_graphs)
-    if where.type == "cuda" and backend != "torch":
-        unet.compose()
+    unet.place(ops.name, where, has_graphs)
+    place_convolutions(autoencoder, ops.name, where, has_graphs)
     captured = Graphs(lambda: CudaCapture(where)) if has_graphs else None
     return Engine(
         checkpoint.name, unet, autoencoder, text_encoder, checkpoint.schedule, ops, captured, max_pixels, loras
@@ -184,10 +182,7 @@ def _load_text_encoder(
     from transformers import CLIPTokenizer
 
     load_module(model, checkpoint.text, device, dtype, change)
-    length = model.config.max_position_embeddings
-    for module in model.modules():
-        if "position_ids" in module._buffers:  # not a weight, so still on meta
-            module.position_ids = torch.arange(length, device=device)[None]
+    fill_positions(model, device)
     tokenizer = CLIPTokenizer.from_pretrained(checkpoint.tokenizer, local_files_only=True)
     return TextEncoder(tokenizer, model, embeddings)
 

@@ -136,18 +136,18 @@ class Result:
         """
         folder = Path(folder)
         folder.mkdir(parents=True, exist_ok=True)
-        taken = [int(path.name[:5]) for path in folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
-        first = max(taken, default=-1) + 1
+        if stems is None:
+            taken = [int(path.name[:5]) for path in folder.glob("[0-9][0-9][0-9][0-9][0-9]-*.png")]
+            stems = [f"{max(taken, default=-1) + 1 + i:05d}-{seed}" for i, seed in enumerate(self.seeds)]
         if isinstance(self.images, Tensor):
             raise ValueError("latents cannot be saved as pictures; generate with output='pil'")
         paths = []
         for i, image in enumerate(self.images):
-            stem = f"{first + i:05d}-{self.seeds[i]}" if stems is None else stems[i]
-            paths.append(_write(folder / f"{stem}.png", image, self.png_info(i)))
+            paths.append(_write(folder / f"{stems[i]}.png", image, self.png_info(i)))
             foundation = self.foundation_images[i] if self.foundation_images else None
             if foundation is not None:
                 plain = replace(self, settings=self.settings | {"customizations": [None] * len(self.seeds)})
-                _write(folder / f"{stem}-foundation.png", foundation, plain.png_info(i))
+                _write(folder / f"{stems[i]}-foundation.png", foundation, plain.png_info(i))
         return paths
 
     def _image_settings(self, i: int) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass, field, fields
@@ -25,7 +26,6 @@ _AUTOMATIC = {"dpmpp_2m": "karras", "dpmpp_sde": "karras", "dpmpp_2m_sde": "expo
 _OF_ITS_MAKER = ("model", "model hash", "version")  # who drew it, which no argument of generate says
 _PAIR = re.compile(r'\s*([\w][\w \-/.]*?):\s*("(?:\\.|[^"\\])*"|[^,]*)(?:,|$)')
 _LORA = re.compile(r"<(?:lora|lyco|hypernet):[^>]*>")
-_LATER = 0.999  # A1111's largest share of a schedule
 
 
 def read_settings(path: str | Path) -> dict[str, Any]:
@@ -217,7 +217,7 @@ def _read_second_pass(pairs: dict[str, str], found: _Found) -> None:
             found.arguments["upscale_strength"] = strength
             taken = steps or found.arguments.get("steps")
             if taken:
-                found.arguments["upscale_steps"] = round(taken / min(strength, _LATER))
+                found.arguments["upscale_steps"] = math.ceil(round(taken / strength, 9))
         if (upscaler := pairs.pop("hires upscaler", None)) not in (None, "Lanczos"):
             found.unread.append(f"hires upscaler: {upscaler}")
         share = share if second is not None else None

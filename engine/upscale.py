@@ -42,13 +42,15 @@ class TwoPasses:
             ValueError: an argument of either pass cannot be honoured; told before the first begins.
         """
         first = make_request(sd.limits, prompt, replace(self.asked, **_ONE_PASS, **_OBSERVED, output="pil"))
-        second = make_request(sd.limits, prompt, self._second(sd, first, [Image.new("RGB", (1, 1))]))
+        crops = first.masked.crops if first.masked is not None else ()
+        stand_ins = [crop.picture for crop in crops] or [Image.new("RGB", (1, 1))]
+        second = make_request(sd.limits, prompt, self._second(sd, first, stand_ins))
         given: dict[str, Any] = options | _ONE_PASS
         if not first.generators:
             given["seed"] = list(first.seeds)
         if first.variation_seeds:
             given["variation_seed"] = list(first.variation_seeds)
-        steps = [_evaluations(sd, request) for request in (first, second)]
+        steps = [len(sd.timetables.of(request)) for request in (first, second)]
         shown = {"output": "pil", "callback": self._counting(0, sum(steps))}
         drawn = sd.generate(prompt, **given | _OBSERVED | shown)
         if drawn.cancelled:
@@ -80,9 +82,3 @@ class TwoPasses:
 
     def _settings(self, first: Result) -> dict[str, Any]:
         return first.settings | {name: getattr(self.asked, name) for name in _ONE_PASS}
-
-
-def _evaluations(sd: Engine, request: Request) -> int:
-    """How many steps ``callback`` sees."""
-    options = request.options
-    return len(sd.timetables(options.sampler, options.steps, options.eta, request.begin, options.schedule))

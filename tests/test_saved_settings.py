@@ -143,6 +143,11 @@ def test_a1111s_samplers(tmp_path: Path, sampler: str, expected: dict | str) -> 
             {"upscale": 1.5, "upscale_strength": 0.5, "upscale_steps": 40},
             "",
         ),
+        (
+            "Steps: 20, Denoising strength: 0.3, Hires upscale: 2, Hires steps: 10, Hires upscaler: Lanczos",
+            {"upscale": 2.0, "upscale_strength": 0.3, "upscale_steps": 34},  # of which int(34 * 0.3) = 10 are taken
+            "",
+        ),
         ("Steps: 20, Denoising strength: much", {}, "denoising strength: much"),
         ("Steps: 20, CFG scale: high, Seed: x, Size: big", {}, "cfg scale: high; seed: x; size: big"),
         ("Steps: 20, Seed: 3, Seed resize from: -1x-1", {"seed": 3}, "seed resize from: -1x-1"),

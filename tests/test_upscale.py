@@ -159,3 +159,16 @@ def test_what_is_wrong_with_either_pass_is_told_before_the_first(
     with pytest.raises(ValueError) as caught:
         small.generate("a cat", **_QUICK, **arguments)
     assert message in str(caught.value)
+
+
+def test_what_a_mask_marks_alone_is_drawn_larger_and_pasted(small: engine.Engine) -> None:
+    picture, mask = Image.effect_noise((40, 32), 80).convert("RGB"), Image.new("L", (40, 32))
+    mask.paste(255, (8, 6, 20, 18))
+    given = {"mask": mask, "mask_padding": 2, "strength": 0.75, "seed": 3, **_QUICK}
+    out = small.generate("a cat", image=picture, upscale=1.5, upscale_strength=0.5, **given)
+    first = small.generate("a cat", image=picture, **given)
+    again = {**given, "strength": 0.5, "height": 24, "width": 24}
+    expected = small.generate("a cat", image=first.images[0], **again)
+    assert torch.equal(out.latents, expected.latents)
+    assert out.latents.shape[2:] == (12, 12)
+    assert out.images[0].size == picture.size

@@ -15,6 +15,7 @@ import torch
 
 import engine
 from engine.loading import BACKENDS
+from engine.methods.lora import asked_lora
 from engine.sampling.schedule import SCHEDULES
 
 try:
@@ -53,7 +54,7 @@ class LoadEngine:
     FUNCTION, CATEGORY = "load", "Twinstream"
 
     def load(self, model: str, dtype: str, backend: str, vae: str = "", loras: str = "") -> tuple[Any]:
-        files = [_lora(line.strip()) for line in loras.splitlines() if line.strip()]
+        files = [asked_lora(line.strip()) for line in loras.splitlines() if line.strip()]
         kind = None if dtype == "automatic" else dtype
         return (engine.load(model or None, dtype=kind, backend=backend, vae=vae or None, loras=files),)
 
@@ -207,13 +208,6 @@ def _watching() -> Callable[[int, int, torch.Tensor], bool] | None:
         return not processing_interrupted()
 
     return watch
-
-
-def _lora(line: str) -> Any:
-    path, colon, weight = line.rpartition(":")
-    if not colon or Path(line).exists():
-        return engine.LoRA(line)
-    return engine.LoRA(path, float(weight))
 
 
 NODE_CLASS_MAPPINGS = {

@@ -7,6 +7,8 @@ a second copy would only take memory.
 
 from __future__ import annotations
 
+import threading
+from collections.abc import Callable, Hashable
 from functools import cache
 from typing import Any, cast
 
@@ -27,20 +29,45 @@ def can_pack(dtype: torch.dtype) -> bool:
     return torch.backends.mkldnn.is_available() and dtype == torch.float32
 
 
+class PackedWeights:
+    """What was packed of weights, as long as these live; packed again after a change, by one thread alone."""
+
+    def __init__(self) -> None:
+        self._kept: Any = WeakTensorKeyDictionary()  # way of packing -> version and packed weight
+        self._lock = threading.Lock()
+
+    def __reduce__(self) -> tuple[type[PackedWeights], tuple[()]]:
+        """A copy has nothing: packed weights cannot be copied or pickled."""
+        return PackedWeights, ()
+
+    def __len__(self) -> int:
+        """How many weights there are."""
+        return len(self._kept)
+
+    def __call__(self, weight: Tensor, pack: Callable[[], Tensor], way: Hashable = None) -> Tensor:
+        """A packed weight, which its caller must hold while it is used: another thread may replace it."""
+        version = 0 if weight.is_inference() else weight._version
+        ways = self._kept.get(weight)
+        if ways is None or ways.get(way, (None, None))[0] != version:
+            with self._lock:
+                ways = self._kept.setdefault(weight, {})
+                if ways.get(way, (None, None))[0] != version:
+                    ways[way] = version, pack()
+        return ways[way][1]
+
+
 class PackedLinear:
     """Linear layers that pack a weight when they first meet it, and again after a change of it."""
 
     def __init__(self) -> None:
-        self._packed: Any = WeakTensorKeyDictionary()  # version and packed weight, as long as the weight lives
+        self._packed = PackedWeights()
 
     def __call__(self, x: Tensor, weight: Tensor, bias: Tensor | None = None) -> Tensor:
         """``F.linear`` of a contiguous ``x``; a pointwise convolution's weight is one too."""
         if not can_pack(x.dtype) or not _is_worth_packing(x.numel() // x.shape[-1], weight):
             return F.linear(x, weight.flatten(1), bias)
-        version, packed = self._packed.get(weight, (None, None))
-        if version != _version(weight):
-            packed = torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), x.numel() // x.shape[-1])
-            self._packed[weight] = _version(weight), packed
+        rows = x.numel() // x.shape[-1]
+        packed = self._packed(weight, lambda: torch.ops.mkldnn._reorder_linear_weight(weight.flatten(1), rows))
         return torch.ops.mkldnn._linear_pointwise(x, packed, bias, "none", [], "")
 
 
@@ -48,7 +75,7 @@ class PackedConvolution:
     """Convolutions that pack a weight when they first meet few positions, and again after a change of it."""
 
     def __init__(self) -> None:
-        self._packed: Any = WeakTensorKeyDictionary()  # version and packed weight, as long as the weight lives
+        self._packed = PackedWeights()
 
     def __call__(
         self, x: Tensor, weight: Tensor, bias: Tensor | None, stride: tuple[int, ...], padding: tuple[int, ...]
@@ -58,10 +85,7 @@ class PackedConvolution:
             return F.conv2d(x, weight, bias, stride, padding)
         x = x.contiguous(memory_format=torch.channels_last)
         geometry = (padding, stride, (1, 1), 1)
-        version, packed = self._packed.get(weight, (None, None))
-        if version != _version(weight):
-            packed = torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, x.shape)
-            self._packed[weight] = _version(weight), packed
+        packed = self._packed(weight, lambda: torch.ops.mkldnn._reorder_convolution_weight(weight, *geometry, x.shape))
         return torch.ops.mkldnn._convolution_pointwise(x, packed, bias, *geometry, "none", [], "")
 
 
@@ -77,9 +101,6 @@ class PackedConv2d(nn.Module):
     def forward(self, x: Tensor) -> Tensor:
         return self.convolution(x, self.weight, self.bias, self.stride, self.padding)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"convolution": PackedConvolution()}  # packed weights cannot be copied or pickled
-
 
 class PackedPointwiseConv2d(nn.Module):
     """A pointwise convolution, over the last axis, with the same parameters and a packed weight."""
@@ -93,9 +114,6 @@ class PackedPointwiseConv2d(nn.Module):
         """Over the last axis of (..., C_in)."""
         return self.linear(x, self.weight, self.bias)
 
-    def __getstate__(self) -> dict[str, Any]:
-        return self.__dict__ | {"linear": PackedLinear()}
-
 
 def _is_worth_packing(rows: int, weight: Tensor) -> bool:
     """Whether a packed linear layer gains enough: in float32, which takes twice the memory, not all of them do.
@@ -106,7 +124,3 @@ def _is_worth_packing(rows: int, weight: Tensor) -> bool:
     if weight.dtype == torch.bfloat16:
         return True
     return rows * n_out * n_in >= _FEW_PRODUCTS and (rows > _FEW_POSITIONS or n_out > n_in)
-
-
-def _version(weight: Tensor) -> int:
-    return 0 if weight.is_inference() else weight._version

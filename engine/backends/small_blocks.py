@@ -7,14 +7,14 @@ themselves. Where channels and positions are few, a block is one call, and its w
 from __future__ import annotations
 
 import ctypes
-import threading
 from collections.abc import Callable
 from ctypes import c_float, c_int, c_int64, c_void_p
 from typing import Any
 
 import torch
 from torch import Tensor
-from torch.utils.weak import WeakTensorKeyDictionary
+
+from .packed_weights import PackedWeights
 
 _MAX_CHANNELS = 256  # packed weights are a second copy, which is to stay in a cache
 _MAX_POSITIONS = 1024
@@ -83,9 +83,7 @@ class SmallBlocks:
         for name, types in _SIGNATURES.items():
             function = getattr(library, f"twinstream_{name}")
             function.argtypes, function.restype = types, c_int64 if name == "packed_bytes" else None
-        # filtered or not -> version and packed weight, as long as the weight lives
-        self._packed: Any = WeakTensorKeyDictionary()
-        self._lock = threading.Lock()
+        self._packed = PackedWeights()
 
     limits = f"up to {_MAX_CHANNELS} channels and {_MAX_POSITIONS} positions a picture"
 
@@ -230,15 +228,8 @@ class SmallBlocks:
         return self.check(x)
 
     def _map(self, held: list[Tensor], weight: Tensor, bias: Tensor | None, filtered: bool = False) -> _Pointers:
-        """Where a packed weight is, which ``held`` keeps alive: another thread may replace it meanwhile."""
-        version = 0 if weight.is_inference() else weight._version
-        ways = self._packed.get(weight)
-        if ways is None or ways.get(filtered, (None, None))[0] != version:
-            with self._lock:
-                ways = self._packed.setdefault(weight, {})
-                if ways.get(filtered, (None, None))[0] != version:
-                    ways[filtered] = version, self._pack(weight, filtered)
-        packed = ways[filtered][1]
+        """Where a packed weight is, which ``held`` keeps alive."""
+        packed = self._packed(weight, lambda: self._pack(weight, filtered), filtered)
         held.append(packed)
         return _Pointers(packed.data_ptr(), None if bias is None else bias.data_ptr())
 

@@ -148,13 +148,12 @@ class Texts:
         """
         tokens = [self.tokens(text) for text in texts]
         lengths = [len(one.ids) for one in tokens]
-        n_keys, parts, order = math.lcm(*lengths), list[Tensor](), list[int]()
+        n_keys, encoded = math.lcm(*lengths), dict[int, Tensor]()
         for length in sorted(set(lengths)):
             rows = [i for i, own in enumerate(lengths) if own == length]
             context = self.encoder.encode([tokens[i] for i in rows], weighting, self.clip_skip)
-            parts.append(context if length == n_keys else context.repeat(1, n_keys // length, 1))
-            order += rows
-        context = parts[0] if len(parts) == 1 else torch.cat(parts)[[order.index(i) for i in range(len(order))]]
+            encoded |= zip(rows, context.repeat(1, n_keys // length, 1), strict=True)
+        context = torch.stack([encoded[i] for i in range(len(texts))])
         finite = torch.isfinite(context).flatten(1).all(dim=1).tolist()
         if not all(finite):
             prompt = texts[finite.index(False)].prompt.text

@@ -15,7 +15,6 @@ from ..checks import check_flag, check_number
 from ..errors import CheckpointError
 from ..models.config import UNetConfig
 from ..models.controlnet import ControlNetModel
-from ..models.layers import place_convolutions
 from ..read_picture import read_picture
 from ..weights.controlnet_file import open_controlnet
 from ..weights.tensors import load_module
@@ -111,9 +110,7 @@ def load_controlnet(path: str | Path, sd: Engine, config: str | Path | None = No
     with torch.device("meta"):
         net = ControlNetModel(sizes, sd.backend, name)
     load_module(net, source, sd.device, sd.dtype)
-    place_convolutions(net, sd.backend.name, sd.device, sd.graphs is not None)
-    if sd.device.type == "cuda" and sd.backend.name != "torch":
-        net.compose()
+    net.place(sd.backend.name, sd.device, sd.graphs is not None)
     return net
 
 

@@ -16,13 +16,13 @@ from torch import Tensor
 from ..checks import check_number
 from ..errors import CheckpointError
 from ..models.conditioning import TextKV
-from ..models.image_encoder import ImageEncoder, fill_buffers
+from ..models.image_encoder import ImageEncoder
 from ..models.image_projection import ImageProjection
 from ..models.unet import UNet2DConditionModel
 from ..read_picture import read_picture
 from ..weights.checkpoint import open_image_encoder
 from ..weights.ip_adapter_file import IPAdapterWeights, read_ip_adapter
-from ..weights.tensors import load_module
+from ..weights.tensors import fill_positions, load_module
 
 if TYPE_CHECKING:
     from ..engine import Engine
@@ -189,7 +189,7 @@ def _load_encoder(folder: Path, device: torch.device, dtype: torch.dtype) -> Ima
     with torch.device("meta"):
         model = CLIPVisionModelWithProjection(CLIPVisionConfig(**config))
     load_module(model, source, device, dtype)
-    fill_buffers(model, device)
+    fill_positions(model, device)
     if (folder / "preprocessor_config.json").is_file():
         processor = CLIPImageProcessor.from_pretrained(str(folder), local_files_only=True)
     else:

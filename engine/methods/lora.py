@@ -72,6 +72,18 @@ class LoRA:
 _FILE_NAMES = ("pytorch_lora_weights", "adapter_model")  # of every such file; its folder tells more
 
 
+def asked_lora(text: str) -> LoRA:
+    """A LoRA as a command line asks for it, ``FILE`` or ``FILE:WEIGHT``."""
+    path, colon, weight = text.rpartition(":")
+    if not colon or Path(text).exists():
+        return LoRA(text)
+    try:
+        factor = float(weight)
+    except ValueError as error:
+        raise ValueError(f"lora must be FILE or FILE:WEIGHT with a number, got {text!r}") from error
+    return LoRA(path, factor)
+
+
 class Changes:
     """What LoRAs change of one network: by parameter, their layers in order."""
 

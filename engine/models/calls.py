@@ -33,7 +33,7 @@ def calls_of(
         dtype: of its weights.
         text_length: how many keys a text has.
         size: height and width of latents; the model's own unless given.
-        images: how many plain pictures a step draws; the other steps draw as many as the first of these.
+        images: how many plain pictures a step draws; the other steps draw one.
 
     Returns:
         Each distinct call once, with how often it is made, the most work first.

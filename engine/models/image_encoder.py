@@ -5,7 +5,6 @@ from __future__ import annotations
 from collections.abc import Sequence
 from typing import Any
 
-import torch
 from PIL import Image
 from torch import Tensor
 
@@ -35,10 +34,3 @@ class ImageEncoder:
     def features(self, pixels: Tensor) -> Tensor:
         """What the last layer but one gives for the class and every patch (n, 1 + patches, hidden_size)."""
         return self.model(pixels, output_hidden_states=True).hidden_states[-2]
-
-
-def fill_buffers(model: Any, device: torch.device) -> None:
-    """Set the positions of a model built on ``meta``, which no file holds."""
-    for module in model.modules():
-        if "position_ids" in module._buffers:
-            module.position_ids = torch.arange(module.num_positions, device=device)[None]

@@ -17,7 +17,7 @@ from torch import Tensor, nn
 from ..backends.ops import TORCH, Ops
 from .conditioning import Batch, Conditioning, TextKV
 from .config import UNetConfig
-from .layers import Downsample2D, GroupNormSiLU, ResnetBlock2D, Upsample2D, timestep_embedding
+from .layers import Downsample2D, GroupNormSiLU, ResnetBlock2D, Upsample2D, place_convolutions, timestep_embedding
 from .sharing import with_weights
 from .transformer import CrossAttention, Transformer2DModel
 
@@ -131,6 +131,12 @@ class UNetEncoder(nn.Module):
             resnet.channels = slice(first, first := first + len(resnet.conv1.bias))
         for i, attn2 in enumerate(self.cross_attentions.values()):
             attn2.layer = i
+
+    def place(self, backend: str, device: torch.device, benchmark: bool) -> None:
+        """Make of loaded weights what a backend on a device runs best; see ``layers.place_convolutions``."""
+        place_convolutions(self, backend, device, benchmark)
+        if device.type == "cuda" and backend != "torch":
+            self.compose()
 
     def compose(self) -> None:
         """Make products of projections that follow one another; weights must not change after."""

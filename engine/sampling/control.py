@@ -132,8 +132,7 @@ class NetPlanner:
         net, found = control.net, rows_of(layout, control)
         rows, trajectories, texts = zip(*found, strict=True)
         entries = list(dict.fromkeys(trajectories))
-        images = layout.images_of_trajectories()
-        hints, n_images = self.features[k], len(self.request.seeds)
+        hints, images, n_images = self.features[k], layout.images, len(self.request.seeds)
         pictures = [picture_of(hints, images[trajectory], n_images) for trajectory in entries]
         index = self._index([self.known.index(text) for text in texts])
         shared = None

@@ -57,11 +57,8 @@ def seen_by_rows(layout: Layout) -> list[Sees]:
     """For each map-owning row its image's prompts, and whether it is one that guidance goes towards or away from."""
     prompts = layout.request.image_prompts
     away = {layout.number(row) for row, other in layout.guided if row != other}
-    starts = list(layout.trajectories.values())  # an image's number, or that of its auxiliary branch's own noise
-    return [
-        (prompts[starts[owner.trajectory] % len(prompts)], number not in away)
-        for number, owner in enumerate(layout.all_owners)
-    ]
+    images = layout.images
+    return [(prompts[images[owner.trajectory]], number not in away) for number, owner in enumerate(layout.all_owners)]
 
 
 def join_images(

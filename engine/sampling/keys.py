@@ -51,7 +51,7 @@ def fill_chunks(layouts: Iterable[Layout], texts: Texts) -> None:
 
 def _image(layout: Layout, owner: Owner) -> Hashable:
     """Images with the same texts are as one, as their trajectories may be; each DCI has branches of its own."""
-    i = list(layout.trajectories.values())[owner.trajectory] % len(layout.request.prompts)
+    i = layout.images[owner.trajectory]
     custom = layout.request.customizations[i]
     concepts = tuple(custom.concepts) if isinstance(custom, ICO) else ()
     return i if isinstance(custom, DCI) else (layout.written.prompts[i], layout.written.negative_prompts[i], concepts)

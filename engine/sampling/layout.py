@@ -142,14 +142,10 @@ class Layout:
         """What must be alike in all pairs of a batch; None where no rows mix."""
         return self.pairs[0].kind if self.pairs else None
 
-    def images_of_trajectories(self) -> dict[int, int]:
-        """For each trajectory an image that it is of: the first of those that share it."""
-        found: dict[int, int] = {}
-        keys = list(self.trajectories)
-        for i, drawn in reversed(list(enumerate(self.drawn))):
-            own = [drawn.trajectory, drawn.foundation, *(at for at, key in enumerate(keys) if key == ("auxiliary", i))]
-            found |= {trajectory: i for trajectory in own if trajectory is not None}
-        return found
+    @property
+    def images(self) -> list[int]:
+        """For each trajectory the first image that it is of; starts are images', or auxiliary ones behind them."""
+        return [start % len(self.request.prompts) for start in self.trajectories.values()]
 
     def number(self, row: Row) -> int:
         """A row's place in the batch: plain rows, concept rows, auxiliary rows, followers."""

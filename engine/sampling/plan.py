@@ -103,11 +103,10 @@ def make_plans(
     known = list(dict.fromkeys(owner.text for _, layout in phases for owner in layout.all_owners))
     context = texts.encode(known, request.options.weighting)
     text_kv = concepts.text_kv(known, context)
-    nets = NetPlanner(request, known, context, concepts.unet) if request.options.control else None
+    nets = NetPlanner(request, known, context, concepts.unet)
     images, planners = ProjectedImages(concepts.unet), dict[Layout, _Planner]()
     for layout in dict.fromkeys(layout for _, layout in phases):
-        acting_nets = () if nets is None else nets.rows(layout)
-        planners[layout] = _Planner(layout, concepts, device, known, text_kv, images.rows(layout), acting_nets)
+        planners[layout] = _Planner(layout, concepts, device, known, text_kv, images.rows(layout), nets.rows(layout))
     plans, before = [], phases[0][1]
     for n_steps, layout in phases:
         plans.append(planners[layout].plan(n_steps, list(before.trajectories)))

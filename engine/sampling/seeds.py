@@ -120,8 +120,8 @@ class Noise:
         """That of all starts which pictures begin with: the images' has its variation."""
         noise, seeds = self._draw(len(self.request.seeds)), self.request.variation_seeds
         if seeds:
-            others = torch.stack([torch.randn(self.shape, generator=one) for one in _seeded(seeds)])
-            noise = between(noise, others.to(self.device), self.request.options.variation_strength)
+            others = torch.stack([self._one(one) for one in _seeded(seeds)])
+            noise = between(noise, others, self.request.options.variation_strength)
         return torch.cat([noise, *self._of_auxiliaries()])
 
     def of_pictures(self) -> Tensor:
@@ -143,7 +143,7 @@ class Noise:
         return noise.to(self.device)
 
     def _of_auxiliaries(self) -> list[Tensor]:
-        return [self._one(generator)[None].to(self.device) for generator in self.auxiliary]
+        return [self._one(generator)[None] for generator in self.auxiliary]
 
     def _one(self, generator: torch.Generator) -> Tensor:
         return torch.randn(self.shape, generator=generator, dtype=torch.float32, device=generator.device).to(

@@ -71,11 +71,10 @@ def guided_step(
     """
     rows = phase.rows
     latents = state.x * over_latents(phase.coefficients.input_scale[state.positions])
-    dtype = unet.conv_in.weight.dtype
-    residuals = net_residuals(rows.nets, phase.net_shifts, latents.to(dtype), state.positions)
     if state.inpainting is not None:
         latents = state.inpainting.tell(latents)
-    latents = latents.to(dtype)
+    latents = latents.to(unet.conv_in.weight.dtype)
+    residuals = net_residuals(rows.nets, phase.net_shifts, latents[:, : unet.config.out_channels], state.positions)
     if rows.batch.shared is None:
         latents = latents[rows.trajectories]
     shifts = phase.shifts[state.positions[rows.trajectories]]

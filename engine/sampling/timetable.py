@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from dataclasses import dataclass, field
+from typing import TYPE_CHECKING
 from weakref import WeakKeyDictionary
 
 from torch import Tensor
@@ -13,6 +14,9 @@ from ..models.controlnet import ControlNetModel
 from ..models.unet import UNet2DConditionModel
 from .samplers import make_table
 from .table import SamplerTable
+
+if TYPE_CHECKING:
+    from .request import Request
 
 _KEPT = 16
 
@@ -47,6 +51,11 @@ class Timetables:
     def __init__(self, unet: UNet2DConditionModel, schedule: ScheduleConfig) -> None:
         self.unet, self.schedule = unet, schedule
         self._kept = OrderedDict[tuple[str, int, float, int, str | None], Timetable]()
+
+    def of(self, request: Request) -> Timetable:
+        """A request's."""
+        asked = request.options
+        return self(asked.sampler, asked.steps, asked.eta, request.begin, asked.schedule)
 
     def __call__(self, sampler: str, steps: int, eta: float, begin: int, schedule: str | None) -> Timetable:
         """See ``samplers.make_table``."""

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from ..backends.graphs import Graphs
 from ..errors import NonFiniteError, OutOfMemoryError
-from ..models.layers import bind_convolutions
+from ..models.layers import place_convolutions
 from ..models.tiny_vae import VAE, make_vae
 from ..models.vae import AutoencoderKL
 from ..warn import warn
@@ -75,8 +75,7 @@ class VAERunner:
             exact = make_vae(self.vae.config, self.vae.ops)
         weights = {name: weight.float() for name, weight in self.vae.state_dict().items()}
         exact.load_state_dict(weights, assign=True)
-        if self.vae.weight.is_cuda:
-            bind_convolutions(exact, benchmark=False)
+        place_convolutions(exact, self.vae.ops.name, self.vae.weight.device, benchmark=False)
         return exact
 
     def _within_memory(self, part: str, vae: VAE, slicing: bool, tiling: bool, run: _Part) -> tuple[Tensor, ...]:

@@ -149,7 +149,7 @@ class Scheduler(Queue[Job]):
     def _phases(self, request: Request) -> tuple[Phase, ...]:
         """What each phase needs, by a layout that costs its tokens alone."""
         options = request.options
-        steps = len(self.sd.timetables(options.sampler, options.steps, options.eta, request.begin, options.schedule))
+        steps = len(self.sd.timetables.of(request))
         layouts = lay_out(request, steps, Texts(self.sd.text_encoder, options.long_prompts, options.clip_skip))
         return tuple(Phase(n, cost_in_rows(layout), (layout.mixing_kind, chunk_kind(layout))) for n, layout in layouts)
 

@@ -82,10 +82,11 @@ def texts_over_steps(prompt: str, total: int, taken: int) -> tuple[tuple[int, st
 
 
 def unedited(prompt: str) -> str:
-    """The prompt itself; raises ``ValueError`` where it would change over steps that there are none of."""
-    if len(texts_over_steps(prompt, 1000, 1000)) > 1:
+    """The one text of a prompt; raises ``ValueError`` where it would change over steps that there are none of."""
+    (_, text), *others = texts_over_steps(prompt, 1000, 1000)
+    if others:
         raise ValueError(f"a prompt that changes over the steps has no encoding of its own, got {prompt!r}")
-    return prompt
+    return text
 
 
 def _at(pieces: Sequence[str | _Edit], step: int, total: int) -> str:

@@ -204,3 +204,10 @@ def _differences(missing: Sequence[str], extra: Sequence[str]) -> str:
             more = f" and {len(names) - 3} more" if len(names) > 3 else ""
             parts.append(f"{label} {', '.join(names[:3])}{more}")
     return "; ".join(parts)
+
+
+def fill_positions(model: nn.Module, device: torch.device) -> None:
+    """Set the positions (1, n) of one of transformers' models that was built on ``meta``; no file holds them."""
+    for module in model.modules():
+        if (positions := module._buffers.get("position_ids")) is not None:
+            module._buffers["position_ids"] = torch.arange(positions.shape[-1], device=device)[None]

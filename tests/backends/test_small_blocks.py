@@ -218,8 +218,8 @@ def test_packed_weights_outlive_a_call_that_uses_them(ops: Ops, monkeypatch: pyt
             return getattr(ops.small.library, name)  # type: ignore[union-attr]
 
         def twinstream_feed_forward(self, *_: Any) -> None:
-            kept = [weakref.ref(packed) for ways in small._packed.values() for _, packed in ways.values()]
-            small._packed.clear()
+            kept = [weakref.ref(packed) for ways in small._packed._kept.values() for _, packed in ways.values()]
+            small._packed._kept.clear()
             alive.extend(one() is not None for one in kept)
 
     monkeypatch.setattr(small, "library", Library())

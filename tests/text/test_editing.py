@@ -56,5 +56,7 @@ def test_shares_are_of_all_steps_and_counted_from_the_first_taken() -> None:
 
 def test_one_text_has_an_encoding(small: engine.Engine) -> None:
     assert unedited("a [cat] (dog:1.2)") == "a [cat] (dog:1.2)"
+    assert unedited("a [cat:dog:0] here") == "a dog here"
+    assert unedited("a [cat:dog:1.0] here") == "a cat here"
     with pytest.raises(ValueError, match=r"changes over the steps has no encoding of its own, got '\[a\|b\] cat'"):
         small.encode_prompt(["a cat", "[a|b] cat"])

@@ -60,7 +60,7 @@ def start_process() -> Any:
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
-        env=os.environ | {"PYTHONPATH": paths},
+        env=os.environ | {"PYTHONPATH": paths, "PYTHONSAFEPATH": "1"},  # not what lies in the current folder
     )
 
 

@@ -42,17 +42,15 @@ def answer(read: TextIO, write: TextIO) -> None:
 def _prove(call: Call, device: torch.device, wrong: dict[str, str], say: Callable[..., None]) -> bool:
     """Prove and time one call, without those that are known to be ``wrong``; False where the context is lost."""
     functions = {name: function for name, function in contenders(call).items() if name not in wrong}
-    trying = TORCHS_OWN
     try:
-        say(trying=trying)
+        say(trying=TORCHS_OWN)
         proof = Proof(call, device)
-        for trying in [name for name in functions if name != TORCHS_OWN]:
-            say(trying=trying)
-            if (reason := _reason(proof, functions[trying], device)) is not None:
-                wrong[trying] = reason
-                del functions[trying]
-        trying = OURS if OURS in functions else TORCHS_OWN  # the likeliest cause of what happens next
-        say(trying=trying)
+        for name in [name for name in functions if name != TORCHS_OWN]:
+            say(trying=name)
+            if (reason := _reason(proof, functions[name], device)) is not None:
+                wrong[name] = reason
+                del functions[name]
+        say(trying=OURS if OURS in functions else TORCHS_OWN)  # the likeliest cause of what happens next
         serves, why = choose(proof.times(functions, wrong), wrong)
     except Exception as error:  # whatever a launch or an allocation may raise
         lost = _is_lost(device)

@@ -68,7 +68,7 @@ class Proof:
 
         What cannot be captured goes to ``wrong``.
         """
-        n = _copies_past_the_cache(self.inputs, self.device)
+        n = _copies_past_the_cache(self.call.nbytes, self.device)
         sets, graphs = [copies(self.inputs) for _ in range(n)], {}
         for name, function in functions.items():
             try:
@@ -97,9 +97,9 @@ def _error(x: Tensor, exact: Tensor) -> float:
     return float((x.double() - exact).abs().max()) if x.numel() else 0.0
 
 
-def _copies_past_the_cache(inputs: Sequence[Any], device: torch.device) -> int:
-    """How many copies are larger than twice the second-level cache."""
-    nbytes = max(1, sum(x.nbytes for x in inputs if isinstance(x, Tensor)))
+def _copies_past_the_cache(nbytes: int, device: torch.device) -> int:
+    """How many copies of so many bytes are larger than twice the second-level cache."""
+    nbytes = max(1, nbytes)
     cache = getattr(torch.cuda.get_device_properties(device), "L2_cache_size", 0) or (64 << 20)
     return max(1, min(-(-2 * cache // nbytes), _CALLS[1], _MOST_BYTES // nbytes))
 

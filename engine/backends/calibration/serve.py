@@ -4,14 +4,14 @@ from __future__ import annotations
 
 from collections import Counter, defaultdict
 from collections.abc import Callable
-from dataclasses import fields, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
 from torch import Tensor
 
 from ..ops import CALIBRATED, TORCH, Ops
-from .calls import ROW_ARGUMENTS, Key, key_of
+from .calls import ROW_ARGUMENTS, Key, key_of, reference
 from .contenders import TORCHS_OWN, implementation
 from .table import Table
 
@@ -25,7 +25,7 @@ class Served:
     """
 
     def __init__(self, op: str, table: Table) -> None:
-        self.op, self.default = op, getattr(TORCH, op)
+        self.op, self.default = op, reference(op)
         self.choices: dict[Key, list[tuple[int, Callable[..., Any]]]] = defaultdict(list)
         self.counts: Counter[str] = Counter()
         for key, rows, choice in table:
@@ -54,5 +54,4 @@ class Served:
 
 def calibrated_ops(table: Table) -> Ops:
     """All operations by a card's table, but for convolutions, of which there is one implementation."""
-    served = {one.name: Served(one.name, table) for one in fields(Ops) if one.name in ROW_ARGUMENTS}
-    return replace(TORCH, name=CALIBRATED, **served)
+    return replace(TORCH, name=CALIBRATED, **{op: Served(op, table) for op in ROW_ARGUMENTS})

@@ -122,7 +122,8 @@ class Service:
             asked = take_asked(values)
             n_images = self._check_limits(prompt, values)
             pictures = self._decoded("image", image)
-            masks = [read for one in self._decoded("mask", mask) if (read := read_mask(one)) is not None]
+            of_masks = pictures if mask is image else self._decoded("mask", mask)
+            masks = [read for one in of_masks if (read := read_mask(one)) is not None]
             for name, given_ones in (("image", pictures), ("mask", masks)):
                 if given_ones:
                     values[name] = given_ones[0] if len(given_ones) == 1 else given_ones

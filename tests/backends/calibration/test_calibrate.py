@@ -4,6 +4,7 @@ import contextlib
 import json
 import os
 import signal
+import sys
 import time
 from collections.abc import Iterator
 from functools import partial
@@ -238,8 +239,11 @@ def test_a_process_that_always_ends_is_given_up(card: Card, monkeypatch: pytest.
     assert (done.asked, done.left) == (1, 2)
 
 
-def test_the_real_process_without_a_card() -> None:
-    """It is started, reads what it is told, and ends since there is no card."""
+def test_the_real_process_without_a_card(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """It is started, whatever lies in the current folder, reads what it is told, and ends since there is no card."""
+    if sys.version_info >= (3, 11):  # before it, Python has no way to leave the current folder out
+        (tmp_path / "engine.py").write_text("raise SystemExit(3)")
+    monkeypatch.chdir(tmp_path)
     with pytest.warns(RuntimeWarning, match="did not start: the process ended with 1"):
         assert _calibrate(_attention(), start=start_process, seconds=300.0).left == 1
 
