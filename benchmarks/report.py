@@ -67,6 +67,9 @@ def tables() -> dict[str, str]:
         "infusion": each("infusion", _infusion),
         "dci": each("dci", _dci),
         "serving": each("serving", serving_table.show),
+        "http": each("http", serving_table.show_http),
+        "full_size": each("serving_full_size", serving_table.show_full_size),
+        "soak": each("soak", serving_table.show_soak),
     }
 
 

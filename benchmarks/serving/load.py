@@ -25,11 +25,14 @@ import torch
 
 import engine
 from benchmarks.machine import RESULTS, machine, write_result
+from benchmarks.systems import FULL_SIZE, full_size_folder
 from engine.errors import QueueFullError
+from engine.serve.pace import Pace, step_seconds
 from engine.weights.checkpoint import ASSETS, EMBEDDED_MODEL
 
 PROMPTS = ("a photo of a cat on a beach", "a photo of a cat in the snow", "a sketch of a cat in a city")
 STEPS = (8, 20, 30)
+_PARTS = ("loops", "short", "soak", "full-size")
 Submit = Callable[["Asked"], "Future[Any]"]
 System = tuple[AbstractContextManager[Any], Submit]
 
@@ -110,11 +113,9 @@ class RequestBatches:
                 future.set_result(picture)
 
 
-def systems(
-    sd: engine.Engine, kinds: str, max_rows: int | None
-) -> dict[str, tuple[AbstractContextManager[Any], Submit]]:
+def systems(sd: engine.Engine, kinds: str, max_rows: int | None) -> dict[str, System]:
     """Who draws, by name; each is entered while it is measured."""
-    found: dict[str, tuple[AbstractContextManager[Any], Submit]] = {}
+    found: dict[str, System] = {}
     scheduler = engine.Scheduler(sd, max_rows, max_waiting=10_000)
     found["scheduler"] = scheduler, lambda one: scheduler.submit(one.prompt, **one.options())
     for name, threads in (("one by one", 1), ("four threads", 4)):
@@ -123,7 +124,7 @@ def systems(
     batches = RequestBatches(sd)
     found["request batches"] = batches, batches.submit
     if kinds == "plain":
-        pipeline, lock = _diffusers(), ThreadPoolExecutor(1)
+        pipeline, lock = diffusers_pipeline(), ThreadPoolExecutor(1)
 
         def draw(one: Asked) -> Any:
             generator = torch.Generator("cpu").manual_seed(one.seed)
@@ -133,7 +134,8 @@ def systems(
     return found
 
 
-def _diffusers() -> Any:
+def diffusers_pipeline() -> Any:
+    """The embedded model in diffusers, float32, with the same sampler."""
     import diffusers
 
     pipeline: Any = diffusers.DiffusionPipeline
@@ -277,6 +279,29 @@ def _outcome(job: Any, cancels: bool) -> str:
     return "drawn" if job.exception() is None and len(job.result().images) == 1 else "wrong"
 
 
+def full_size(sd: engine.Engine, n: int, steps: int) -> dict[str, Any]:
+    """At SD v1.5's size: seconds of a step by its rows, and how many pictures a second when all are asked for at once.
+
+    Few steps and requests, since a picture takes minutes there; text encoder and VAE weigh more than they would.
+    """
+    by_rows = {rows: step_seconds(sd, rows, (64, 64), Pace()) for rows in (2, 4, 8)}
+    print(by_rows, flush=True)
+    asked = [Asked(PROMPTS[i % len(PROMPTS)], i, steps) for i in range(n)]
+    scheduler, pool = engine.Scheduler(sd, max(by_rows)), ThreadPoolExecutor(1)
+    found: dict[str, System] = {
+        "scheduler": (scheduler, lambda one: scheduler.submit(one.prompt, **one.options())),
+        "one by one": (pool, lambda one: pool.submit(sd.generate, one.prompt, **one.options())),
+    }
+    records = []
+    for name, (context, submit) in found.items():
+        with context:
+            closed_loop(submit, [replace(asked[0], steps=1)], 1)  # warm
+            records.append({"system": name, "in_flight": n} | closed_loop(submit, asked, n).record())
+        print(records[-1], flush=True)
+    step = {str(rows): round(seconds, 3) for rows, seconds in by_rows.items()}
+    return {"dtype": str(sd.dtype).removeprefix("torch."), "steps": steps, "step_seconds": step, "serving": records}
+
+
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--requests", type=int, default=64, help="of each measurement (default: 64)")
@@ -285,38 +310,52 @@ def main(argv: Sequence[str] | None = None) -> None:
         "--loads", type=float, nargs="+", default=[0.5, 0.8], help="of the open loop (default: 0.5 0.8)"
     )
     parser.add_argument("--max-rows", type=int, help="of the scheduler (default: profiled)")
-    parser.add_argument("--soak-minutes", type=float, default=0.0, help="(default: none)")
+    parser.add_argument("--parts", nargs="+", choices=_PARTS, default=_PARTS[:2], help="(default: loops short)")
+    parser.add_argument("--soak-minutes", type=float, default=60.0, help="(default: 60)")
     parser.add_argument("--result", type=Path, default=RESULTS / f"serving-{date.today().isoformat()}.json")
     arguments = parser.parse_args(argv)
+    result: dict[str, Any] = {}
+    if "full-size" in arguments.parts:
+        folder = full_size_folder(FULL_SIZE)
+        result["serving_full_size"] = full_size(engine.load(folder, dtype="bfloat16"), n=4, steps=4)
     sd = engine.load()
-    records: list[dict[str, Any]] = []
-    rates: dict[str, float] = {}
-    for kinds in ("plain", "mixed"):
-        asked = requests(arguments.requests, kinds)
-        for name, (context, submit) in systems(sd, kinds, arguments.max_rows).items():
-            with context:
-                closed_loop(submit, asked[:4], 4)  # warm
-                seen = closed_loop(submit, asked, arguments.in_flight)
-                records.append({"loop": "closed", "kinds": kinds, "system": name} | seen.record())
-                if name == "one by one":
-                    rates[kinds] = records[-1]["per_second"]
-                print(records[-1], flush=True)
-    for kinds in ("plain", "mixed"):
-        for load in arguments.loads:
-            asked = requests(arguments.requests, kinds, seed=5)
-            for name, (context, submit) in systems(sd, kinds, arguments.max_rows).items():
-                with context:
-                    closed_loop(submit, asked[:4], 4)
-                    seen = open_loop(submit, asked, load * rates[kinds])
-                    records.append({"loop": f"open, load {load}", "kinds": kinds, "system": name} | seen.record())
-                    print(records[-1], flush=True)
-    behind = _short(sd, rates["plain"], arguments.max_rows)
-    result: dict[str, Any] = {"serving": records, "short_behind_long": behind}
-    if arguments.soak_minutes:
+    kinds = ("plain", "mixed") if {"loops", "short"} & {*arguments.parts} else ("mixed",)
+    rates = {kind: _one_by_one(sd, requests(arguments.requests, kind)) for kind in kinds}
+    if "loops" in arguments.parts:
+        result["serving"] = _loops(sd, arguments, rates)
+    if "short" in arguments.parts:
+        result["short_behind_long"] = _short(sd, rates["plain"], arguments.max_rows)
+    if "soak" in arguments.parts:
         result["soak"] = soak(sd, arguments.soak_minutes, 0.8 * rates["mixed"], arguments.max_rows)
         print(result["soak"])
     settings = {"requests": arguments.requests, "in_flight": arguments.in_flight, "steps": STEPS, "rates": rates}
     write_result(arguments.result, machine(), {"settings": settings} | result)
+
+
+def _one_by_one(sd: engine.Engine, asked: Sequence[Asked]) -> float:
+    """Pictures a second, one after the other."""
+    sd.generate(asked[0].prompt, **asked[0].options())
+    start = time.perf_counter()
+    for one in asked:
+        sd.generate(one.prompt, **one.options())
+    return round(len(asked) / (time.perf_counter() - start), 3)
+
+
+def _loops(sd: engine.Engine, arguments: argparse.Namespace, rates: dict[str, float]) -> list[dict[str, Any]]:
+    records: list[dict[str, Any]] = []
+    for kinds, load in ((kinds, load) for load in (None, *arguments.loads) for kinds in rates):
+        asked = requests(arguments.requests, kinds, seed=0 if load is None else 5)
+        for name, (context, submit) in systems(sd, kinds, arguments.max_rows).items():
+            with context:
+                closed_loop(submit, asked[:4], 4)  # warm
+                if load is None:
+                    seen = closed_loop(submit, asked, arguments.in_flight)
+                else:
+                    seen = open_loop(submit, asked, load * rates[kinds])
+            loop = "closed" if load is None else f"open, load {load}"
+            records.append({"loop": loop, "kinds": kinds, "system": name} | seen.record())
+            print(records[-1], flush=True)
+    return records
 
 
 def _short(sd: engine.Engine, rate: float, max_rows: int | None) -> list[dict[str, Any]]:

@@ -13,7 +13,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from ..checks import check_integer
+from ..checks import check_integer, check_number
 from ..engine import Engine
 from ..loading import load
 from ..options import make_options
@@ -65,8 +65,13 @@ class Replica:
         torch.set_num_threads(threads)
         self.scheduler = Scheduler(load(**loading), max_rows, max_waiting=10_000)  # the fleet bounds the queue
 
-    async def draw(self, prompt: str | list[str], client: str, options: dict[str, Any]) -> AsyncIterator[Any]:
-        """(step, total, latents) after each step, and then the result; who stops reading cancels."""
+    async def draw(
+        self, prompt: str | list[str], client: str, due: float | None, options: dict[str, Any]
+    ) -> AsyncIterator[Any]:
+        """(step, total, latents) after each step, and then the result; who stops reading cancels.
+
+        ``due`` is by the clock on the wall, as the time on the way counts too; None for no deadline.
+        """
         import asyncio
 
         loop, steps = asyncio.get_running_loop(), asyncio.Queue[Any]()
@@ -74,7 +79,8 @@ class Replica:
         def tell(*step: Any) -> None:
             loop.call_soon_threadsafe(steps.put_nowait, (step[0], step[1], step[2].cpu()))
 
-        job = self.scheduler.submit(prompt, client=client, callback=tell, **options)
+        left = None if due is None else max(0.0, due - time.time())
+        job = self.scheduler.submit(prompt, client=client, deadline=left, callback=tell, **options)
         job.add_done_callback(lambda _: loop.call_soon_threadsafe(steps.put_nowait, None))
         try:
             while (step := await steps.get()) is not None:
@@ -149,9 +155,8 @@ class Fleet(Queue[Queued]):
         callback: Any = None,
         **options: Any,
     ) -> Queued:
-        """See ``Scheduler.submit``; what the replica refuses is the job's error."""
-        if deadline is not None:
-            raise ValueError(f"deadline is not known to a fleet of replicas, got {deadline}")
+        """See ``Scheduler.submit``; what the replica refuses, by its deadline too, is the job's error."""
+        due = None if deadline is None else time.time() + check_number("deadline", deadline, 0.0)
         asked = make_options(Options, "submit", {"progress": False, "callback": callback} | options)
         request = make_request(self.sd.limits, prompt, asked)
         seeds = list(request.seeds)  # drawn here, so that a second try draws the same picture
@@ -160,7 +165,7 @@ class Fleet(Queue[Queued]):
             job = Queued(self)
             self._jobs.append(job)
         given = options | {"progress": False, "seed": seeds}
-        self._threads.submit(self._run, job, prompt, client, given, callback)
+        self._threads.submit(self._run, job, (prompt, client, due, given), callback)
         return job
 
     def close(self, cancel: bool = False) -> None:
@@ -169,14 +174,14 @@ class Fleet(Queue[Queued]):
         self._threads.shutdown()
         self._serve.delete(_NAME)
 
-    def _run(self, job: Queued, prompt: Any, client: str, options: dict[str, Any], callback: Any) -> None:
+    def _run(self, job: Queued, asked: tuple[Any, ...], callback: Any) -> None:
         """One request, on as many replicas as die of it or beside it, up to five."""
         from ray.exceptions import RayActorError, RayTaskError
 
         outcome: Result | BaseException | None = None
         for tries in range(_MOST_TRIES):
             try:
-                outcome = self._draw(job, prompt, client, options, callback)
+                outcome = self._draw(job, asked, callback)
                 break
             except RayTaskError as error:  # what the replica raised
                 outcome = error.cause if isinstance(error.cause, BaseException) else error
@@ -198,8 +203,8 @@ class Fleet(Queue[Queued]):
             self.counts["failed"] += 1
             job.set_exception(outcome or RuntimeError("the replica gave no result"))
 
-    def _draw(self, job: Queued, prompt: Any, client: str, options: dict[str, Any], callback: Any) -> Result | None:
-        answers: Any = self._handle.options(stream=True).draw.remote(prompt, client, options)
+    def _draw(self, job: Queued, asked: tuple[Any, ...], callback: Any) -> Result | None:
+        answers: Any = self._handle.options(stream=True).draw.remote(*asked)
         for answer in answers:
             if job.cancelled():
                 answers.cancel()

@@ -84,17 +84,17 @@ def profile(sd: Engine, height: int, width: int) -> tuple[int, Pace]:
     memory = batch_rows(sd.unet, sd.vae, *size)
     fit = _MOST_ROWS if memory is None else min(_MOST_ROWS, memory)
     pace, rows = Pace(), 2
-    best = _seconds(sd, 2, size, pace)
+    best = step_seconds(sd, 2, size, pace)
     while 2 * rows <= fit and best < _LONGEST_STEP:
-        seconds = _seconds(sd, 2 * rows, size, pace)
+        seconds = step_seconds(sd, 2 * rows, size, pace)
         if seconds > 2 * best * _WORTH:
             break
         best, rows = seconds, 2 * rows
     return rows, pace
 
 
-def _seconds(sd: Engine, rows: int, size: tuple[int, int], pace: Pace) -> float:
-    """The faster of two steps."""
+def step_seconds(sd: Engine, rows: int, size: tuple[int, int], pace: Pace) -> float:
+    """Of a guided step of so many rows at a size (h, w) of latents, the faster of two; ``pace`` sees it too."""
     like, config = sd.unet.conv_in.weight, sd.unet.config
     sample = torch.randn(rows, config.in_channels, *size).to(like)
     context = torch.zeros(rows, sd.text_encoder.max_length, config.cross_attention_dim).to(like)

@@ -65,11 +65,22 @@ def test_a_record_and_its_table(tmp_path: Any) -> None:
         "short_behind_long": [{"system": "scheduler", "alone": 0.5, "behind": 0.75, "ratio": 1.5, "worst": 1.0}],
         "soak": {"minutes": 1, "submitted": 10, "outcomes": outcomes, "memory_growth_last_half": 0.01},
     }
-    text = table.show(tmp_path / "serving.json", result)
+    path = tmp_path / "serving.json"
+    text = table.show(path, result)
     assert "| plain | Poisson, load 0.8 | scheduler | 1.50 | 2.00 |" in text
     assert "| scheduler | 0.50 | 0.75 | 1.50 | 1.00 |" in text
+    text = table.show_soak(path, result)
     assert "of 10 requests 8 were drawn" in text
     assert "+1.0 %" in text
+    result["http"] = [{"system": "diffusers", "in_flight": 4} | record, {"system": "twinstream", "rate": 0.5} | record]
+    text = table.show_http(path, result)
+    assert "| diffusers | 4 in flight | 1.50 | 2.00 | 2.90 | 2.98 |" in text
+    assert "| twinstream | Poisson, 0.50 a second | 1.50 |" in text
+    full = {"dtype": "bfloat16", "steps": 4, "step_seconds": {"2": 3.3, "4": 6.25}}
+    result["serving_full_size"] = full | {"serving": [{"system": "scheduler", "in_flight": 4} | record]}
+    text = table.show_full_size(path, result)
+    assert "by its rows: 3.30 for 2, 6.25 for 4" in text
+    assert "| scheduler | 3 | 90.00 | 2.0 | 2.9 |" in text
 
 
 def test_who_breaks_in_a_short_request_s_way_is_told() -> None:

@@ -1,5 +1,6 @@
 """Many Engines behind one queue: what dies is drawn elsewhere, what is refused is told, nothing is there twice."""
 
+import asyncio
 import os
 import signal
 import threading
@@ -15,11 +16,11 @@ import torch
 from ray.exceptions import RayActorError, RayTaskError
 
 import engine
-from engine.errors import QueueFullError, SchedulerClosedError
-from engine.serve.fleet import Fleet, FleetOptions
+from engine.errors import DeadlineError, QueueFullError, SchedulerClosedError
+from engine.serve.fleet import Fleet, FleetOptions, Replica
 
 PROMPT, QUICK = "a photo of a cat", {"steps": 2}
-Draw = Callable[[str, str, dict[str, Any]], Iterator[Any]]
+Draw = Callable[[str, str, float | None, dict[str, Any]], Iterator[Any]]
 
 
 class _Answers:
@@ -70,7 +71,7 @@ def make_fleet(small: engine.Engine, monkeypatch: pytest.MonkeyPatch) -> Iterato
 
 
 def _drawing(sd: engine.Engine) -> Draw:
-    def draw(prompt: str, _client: str, options: dict[str, Any]) -> Iterator[Any]:
+    def draw(prompt: str, _client: str, _due: float | None, options: dict[str, Any]) -> Iterator[Any]:
         out = sd.generate(prompt, **options)
         yield from ((i, 2, torch.zeros(1, 4, 2, 2)) for i in range(2))
         yield out
@@ -81,12 +82,12 @@ def _drawing(sd: engine.Engine) -> Draw:
 def test_what_dies_is_drawn_again_as_it_would_have_been(small: engine.Engine, make_fleet: Callable[..., Fleet]) -> None:
     tries: list[list[int]] = []
 
-    def dies_twice(prompt: str, client: str, options: dict[str, Any]) -> Iterator[Any]:
+    def dies_twice(prompt: str, client: str, due: float | None, options: dict[str, Any]) -> Iterator[Any]:
         tries.append(options["seed"])
         if len(tries) < 3:
             yield 0, 2, torch.zeros(1, 4, 2, 2)
             raise RayActorError
-        yield from _drawing(small)(prompt, client, options)
+        yield from _drawing(small)(prompt, client, due, options)
 
     steps: list[int] = []
     fleet = make_fleet(dies_twice)
@@ -123,17 +124,44 @@ def test_errors_of_the_replica_are_the_callers_own(make_fleet: Callable[..., Fle
         fleet.submit(PROMPT, **QUICK).result(60)
     with pytest.raises(ValueError, match="steps must be an integer >= 1, got 0"):
         fleet.submit(PROMPT, steps=0)
-    with pytest.raises(ValueError, match="deadline is not known"):
-        fleet.submit(PROMPT, deadline=3.0)
+    with pytest.raises(ValueError, match="deadline must be a finite number >= 0, got -1"):
+        fleet.submit(PROMPT, deadline=-1.0)
     assert fleet.waiting == fleet.drawing == 0
+
+
+def test_a_deadline_goes_with_its_request_and_counts_the_way(
+    small: engine.Engine, make_fleet: Callable[..., Fleet]
+) -> None:
+    sent: list[float | None] = []
+
+    def notes(prompt: str, client: str, due: float | None, options: dict[str, Any]) -> Iterator[Any]:
+        sent.append(due)
+        yield from _drawing(small)(prompt, client, due, options)
+
+    fleet = make_fleet(notes)
+    fleet.submit(PROMPT, **QUICK).result(60)
+    before = time.time()
+    fleet.submit(PROMPT, deadline=30.0, **QUICK).result(60)
+    assert sent[0] is None
+    assert before + 30.0 <= float(sent[1] or 0) <= time.time() + 30.0
+
+    replica = Replica.__new__(Replica)  # without loading a model of its own
+    with engine.Scheduler(small, max_rows=8) as replica.scheduler:
+
+        async def draw(due: float | None) -> list[Any]:
+            return [answer async for answer in replica.draw(PROMPT, "", due, {"seed": [0]} | QUICK)]
+
+        assert asyncio.run(draw(time.time() + 300.0))[-1].images
+        with pytest.raises(DeadlineError, match="deadline must leave the time that is needed, got 0 s"):
+            asyncio.run(draw(time.time() - 1.0))
 
 
 def test_cancelling_positions_full_queues_and_closing(small: engine.Engine, make_fleet: Callable[..., Fleet]) -> None:
     gate = threading.Event()
 
-    def held(prompt: str, client: str, options: dict[str, Any]) -> Iterator[Any]:
+    def held(prompt: str, client: str, due: float | None, options: dict[str, Any]) -> Iterator[Any]:
         assert gate.wait(30)
-        yield from _drawing(small)(prompt, client, options)
+        yield from _drawing(small)(prompt, client, due, options)
 
     fleet = make_fleet(held, max_waiting=2)
     jobs = [fleet.submit(PROMPT, seed=i, **QUICK) for i in range(2)]
