@@ -55,8 +55,8 @@ def show_full_size(path: Path, result: dict[str, Any]) -> str:
     found = result["serving_full_size"]
     rows = ", ".join(f"{seconds:.2f} for {n}" for n, seconds in found["step_seconds"].items())
     lines = [
-        f"SD v1.5's size with random weights, 512x512, {found['dtype']}; {_measured_on(path, result)}. Seconds of a step "
-        f"by its rows: {rows}. Pictures of {found['steps']} steps, all asked for at once:",
+        f"SD v1.5's size with random weights, 512x512, {found['dtype']}; {_measured_on(path, result)}. Seconds of a "
+        f"step by its rows: {rows}. Pictures of {found['steps']} steps, all asked for at once:",
         "",
         "| who draws | requests | pictures a minute | p50 | p95 |",
         "| --- | --- | --- | --- | --- |",
