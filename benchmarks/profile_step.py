@@ -93,12 +93,13 @@ def _flops(name: str, tensors: list[Tensor], out: list[Tensor]) -> float:
 
 
 def watched(ops: Any, watch: Watch) -> Any:
-    """The same ops, each under its own name."""
+    """The same ops, each under its own name; no whole blocks, which would hide theirs."""
 
     def wrap(name: str) -> Callable[..., Any]:
         return lambda *args, **kwargs: watch.call(name, getattr(ops, name), *args, **kwargs)
 
-    return replace(ops, **{field.name: wrap(field.name) for field in fields(ops) if field.name != "name"})
+    names = [field.name for field in fields(ops) if field.name not in ("name", "small")]
+    return replace(ops, small=None, **{name: wrap(name) for name in names})
 
 
 def measure(sd: engine.Engine) -> list[Row]:
