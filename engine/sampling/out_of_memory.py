@@ -39,12 +39,13 @@ def check_memory(
     one_at_a_time = options.vae_slicing or device.type == "cuda"
     runs_vae = not options.vae_tiling and (options.output != "latent" or options.image is not None)
     decoded = (1 if one_at_a_time else n_images) * pixels * _vae_bytes_per_pixel(vae) if runs_vae else 0
-    per_position = _unet_bytes_per_position(unet) + _nets_bytes_per_position(options.control)
+    nets = [one for one in options.control if one.weight]
+    per_position = _unet_bytes_per_position(unet) + _nets_bytes_per_position(nets)
     step = n_images * pixels // vae.config.factor**2 * per_position
     needed = max(step, decoded) + n_images * pixels * _BYTES_OF_PIXELS
     if needed > available:
         rule = f"the memory of {device} must hold all images drawn at once"
-        asked = f"{n_images} of {height}x{width}{_with_nets(len(options.control))}"
+        asked = f"{n_images} of {height}x{width}{_with_nets(len(nets))}"
         found = f"{asked}: at least {needed / 1e9:.3g} GB, with {available / 1e9:.3g} GB free"
         advice = "draw fewer or smaller ones" if decoded <= step or one_at_a_time else "try vae_slicing=True"
         raise OutOfMemoryError(f"{rule}, got {found}; {advice}")

@@ -87,7 +87,12 @@ def read_ip_adapter(
         found[layer] = (pair[0], pair[1])
     if extra := sorted(attention.keys() - {f"{layer}.{part}" for layer in layers for part in ("to_k", "to_v")}):
         raise CheckpointError(f"{path}: this model has no cross-attention projection {extra[0]}")
-    return IPAdapterWeights(_filled(path, state), found)
+    tokens_to_text = _filled(path, state)
+    for layer, (_, width) in layers.items():
+        if width != tokens_to_text.out_features:
+            rule = f"the projection's tokens must be as wide as {layer} takes them, {width}"
+            raise CheckpointError(f"{path}: {rule}, got {tokens_to_text.out_features}")
+    return IPAdapterWeights(tokens_to_text, found)
 
 
 _Read = Callable[[], Tensor]

@@ -263,6 +263,8 @@ def test_memory_counts_what_nets_add(
     _draw(
         small, *(engine.Control(net, hint(), start=0.5 * i, end=0.5 + 0.5 * i) for i, net in enumerate(nets)), steps=4
     )
+    monkeypatch.setattr(out_of_memory, "available_bytes", lambda _device: step + pictures)
+    _draw(small, engine.Control(nets[0], hint(), 0.0))
 
 
 def test_what_does_not_fit_names_the_nets(

@@ -61,6 +61,20 @@ def _with(name: str, tensor: torch.Tensor):
         ("plain", _without("image_proj.norm.bias"), r"norm.bias: expected shape \(32,\), found None"),
         ("plain", _without("image_proj.proj.weight"), "not the projection of an IP-Adapter: no latents"),
         ("plain", _with("image_proj.norm.weight", torch.ones(30)), "a multiple of 30 rows, got 128"),
+        ("plain", _with("image_proj.norm.weight", torch.ones(64)), r"norm.bias: expected shape \(64,\)"),
+        (
+            "plus",
+            lambda tensors: tensors.update(
+                {
+                    "image_proj.proj_out.weight": torch.ones(40, 48),
+                    **{
+                        f"image_proj.{name}": torch.ones(40)
+                        for name in ("proj_out.bias", "norm_out.weight", "norm_out.bias")
+                    },
+                }
+            ),
+            r"tokens must be as wide as down_blocks.*attn2 takes them, 32, got 40",
+        ),
         ("plain", _with("image_proj.extra", torch.ones(3)), r"extra: expected shape None, found \(3,\)"),
         ("plus", _without("image_proj.layers.2.0.to_kv.weight"), r"layers.2.attn.to_k.weight: .*found None"),
         ("plus", _without("image_proj.layers.0.1.1.weight"), "no layers.0.ff.1.net.0.proj.weight"),
