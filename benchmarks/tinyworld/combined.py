@@ -32,20 +32,18 @@ LONG = (
     "with a ball, a beach at the sea, on a beach, a picture of the beach with a ball in the middle, a sunny beach, at "
     "the sea, a photo of a beach on a sunny day, with a ball, BREAK a photo of a {} on a beach with a ball"
 )
-_INK, _PAPER = (235, 245, 255), (25, 60, 140)  # of a blueprint
 _BATCH, _RATE, _RANK = 8, 2e-3, 8
 _SIDE, _GAP, _LINE, _FONT_PX = 128, 8, 18, 12
 
 
-def blueprint(pictures: torch.Tensor) -> torch.Tensor:
-    """Pictures (B, 3, H, W) in [-1, 1] as white outlines on blue, likewise."""
+def inked(pictures: torch.Tensor) -> torch.Tensor:
+    """Pictures (B, 3, H, W) in [-1, 1] with thick black outlines, likewise."""
     edges = F.max_pool2d(outlines(pictures), 3, 1, 1)
-    ink, paper = (torch.tensor(colour).view(1, 3, 1, 1) / 127.5 - 1 for colour in (_INK, _PAPER))
-    return edges * ink + (1 - edges) * paper
+    return pictures * (1 - edges) - edges
 
 
 def train_lora(path: Path, steps: int) -> Path:
-    """A LoRA in diffusers' layout under which everything becomes a blueprint, by captions that do not say so."""
+    """A LoRA in diffusers' layout under which everything has thick outlines, by captions that do not say so."""
     import diffusers
     from peft import LoraConfig, get_peft_model_state_dict
 
@@ -59,7 +57,7 @@ def train_lora(path: Path, steps: int) -> Path:
     for step in range(steps):
         rng, indices = random.Random(step), range(step * _BATCH, (step + 1) * _BATCH)
         with torch.no_grad():
-            pictures = blueprint(pictures_at(indices))
+            pictures = inked(pictures_at(indices))
             latents = sd.vae.encode(pictures) * sd.vae.config.scaling_factor
             context = sd.encode_prompt([caption(scene_at(i, TRAIN_SEED), rng) for i in indices])
         noised = noiser(latents, torch.Generator().manual_seed(step))
@@ -156,7 +154,7 @@ def main() -> None:
     parser.add_argument("--steps", type=int, default=400, help="of the LoRA's training (default: 400)")
     arguments = parser.parse_args()
     sd = engine.load(device="cpu", dtype="float32")
-    lora, learned = arguments.out / "blueprint.safetensors", arguments.out / "striped-cat-ico.safetensors"
+    lora, learned = arguments.out / "inked.safetensors", arguments.out / "striped-cat-ico.safetensors"
     if not lora.exists():
         train_lora(lora, arguments.steps)
     if not learned.exists():
