@@ -32,7 +32,7 @@ LONG = (
     "with a ball, a beach at the sea, on a beach, a picture of the beach with a ball in the middle, a sunny beach, at "
     "the sea, a photo of a beach on a sunny day, with a ball, BREAK a photo of a {} on a beach with a ball"
 )
-_BATCH, _RATE, _RANK = 8, 2e-3, 8
+_BATCH, _RATE, _RANK, _LORA_WEIGHT = 8, 2e-3, 8, 0.5
 _SIDE, _GAP, _LINE, _FONT_PX = 128, 8, 18, 12
 
 
@@ -76,7 +76,7 @@ def train_lora(path: Path, steps: int) -> Path:
 def infusion_and_lora(sd: engine.Engine, lora: Path) -> list[tuple[str, Image.Image]]:
     """The shipped cat, with and without a style; the concept was trained without it."""
     cat = engine.Infusion([engine.Concept.load(ASSETS / "concepts" / "striped-cat.safetensors")])
-    styled = sd.with_loras([engine.LoRA(lora)])
+    styled = sd.with_loras([engine.LoRA(lora, _LORA_WEIGHT)])
     prompt = "a photo of a cat on a beach"
     found = []
     for name, one, custom in (
@@ -85,14 +85,14 @@ def infusion_and_lora(sd: engine.Engine, lora: Path) -> list[tuple[str, Image.Im
         ("Infusion", sd, cat),
         ("Infusion + LoRA", styled, cat),
     ):
-        out = one.generate(prompt, seed=3, customization=custom, progress=False)
+        out = one.generate(prompt, seed=4, customization=custom, progress=False)
         found.append((name, out.images[0]))
     return found
 
 
 def dci_and_long_prompt(sd: engine.Engine, concept: engine.Concept, steps: int = 50) -> list[tuple[str, Image.Image]]:
     """A prompt of two chunks of 75 tokens, drawn by the model, with ICO alone, and with DCI."""
-    found = [("two chunks of text", sd.generate(LONG.format("cat"), seed=0, steps=steps, progress=False).images[0])]
+    found = [("two chunks of text", sd.generate(LONG.format("cat"), seed=1, steps=steps, progress=False).images[0])]
     for name, custom in (
         ("ICO", engine.ICO([concept])),
         ("DCI", engine.DCI(concept, fraction=0.4)),
@@ -100,7 +100,7 @@ def dci_and_long_prompt(sd: engine.Engine, concept: engine.Concept, steps: int =
         found.append(
             (
                 name,
-                sd.generate(LONG.format("V* cat"), seed=0, customization=custom, steps=steps, progress=False).images[0],
+                sd.generate(LONG.format("V* cat"), seed=1, customization=custom, steps=steps, progress=False).images[0],
             )
         )
     return found
@@ -119,19 +119,22 @@ def control_ico_and_inpainting(
     mask = F.max_pool2d(torch.from_numpy(covered)[None, None].float(), 9, 1, 4)[0, 0]
     white = Image.fromarray((mask * 255).byte().numpy())
     (hint,) = to_images(outline * 2 - 1)
-    control = engine.Control(engine.load_controlnet(net, sd), hint)
-    out = sd.generate(
-        "a photo of a V* cat in a meadow",
-        image=picture,
-        mask=white,
-        strength=1.0,
-        seed=1,
-        steps=steps,
-        control=control,
-        customization=engine.ICO([concept]),
-        progress=False,
-    )
-    return [("picture", picture), ("mask", white.convert("RGB")), ("outlines", hint), ("together", out.images[0])]
+    found = [("picture", picture), ("mask", white.convert("RGB")), ("outlines", hint)]
+    for name, weight in (("without the net", 0.0), ("together", 1.0)):
+        out = sd.generate(
+            "a photo of a V* cat in a meadow",
+            image=picture,
+            mask=white,
+            strength=1.0,
+            seed=5,
+            steps=steps,
+            guidance_scale=4.0,
+            control=engine.Control(engine.load_controlnet(net, sd), hint, weight),
+            customization=engine.ICO([concept]),
+            progress=False,
+        )
+        found.append((name, out.images[0]))
+    return found
 
 
 def page(rows: list[list[tuple[str, Image.Image]]]) -> Image.Image:

@@ -42,8 +42,9 @@ def test_the_page_names_its_pictures(sd: engine.Engine, tmp_path: Path) -> None:
         combined.dci_and_long_prompt(sd, concept, steps=1),
         combined.control_ico_and_inpainting(sd, tmp_path / "net", concept, steps=1),
     ]
-    assert [name for name, _ in rows[1]] == ["picture", "mask", "outlines", "together"]
-    picture, mask, _, drawn = (np.asarray(one).astype(int) for _, one in rows[1])
+    assert [name for name, _ in rows[1]] == ["picture", "mask", "outlines", "without the net", "together"]
+    picture, mask, _, free, drawn = (np.asarray(one).astype(int) for _, one in rows[1])
     kept = np.abs(picture - drawn).max(axis=-1)[mask[..., 0] == 0]
     assert np.median(kept) < 20, "what the mask leaves alone stays, but for the VAE"
-    assert combined.page(rows).size == (4 * 136, 2 * 154)
+    assert not np.array_equal(free, drawn)
+    assert combined.page(rows).size == (5 * 136, 2 * 154)
