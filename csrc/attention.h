@@ -100,7 +100,8 @@ struct Attention {
     alignas(64) E queries[kRows * kMaxHeadDim / kPair];
     std::fill(queries, queries + kRows * steps, E{});
     std::fill(sums, sums + kRows * row, 0.0f);
-    float top[kRows], total[kRows] = {};
+    float top[kRows];
+    Floats total[kRows] = {};
     std::fill(top, top + kRows, -std::numeric_limits<float>::max());
     for (int64_t r = 0; r < rows; r++) pack_row(q + (first + r) * n.q_row, queries + r * steps, 1);
     const float scale = 1.4426950408889634 / std::sqrt((double)n.D);  // of exp2, rounded once
@@ -115,9 +116,13 @@ struct Attention {
       const int64_t known = std::min<int64_t>(vectors * kLanes, n.S - start * kLanes);
       for (int64_t r = 0; r < kRows; r++) {
         float* own = scores + r * kBlock;
-        if (known < vectors * kLanes) highest[r] = highest_of(own, known, vectors * kLanes);  // without the padding
-        weigh<kExpDegree<T>>(own, weights + r * kBlock, vectors, highest[r], scale, top[r], total[r], sums + r * row,
-                             value_vectors);
+        if (known < vectors * kLanes) highest[r] = highest_of(own, known, vectors);  // without the padding
+        renew(highest[r], scale, top[r], total[r], sums + r * row, value_vectors);
+        for (int64_t i = 0; i < vectors * kLanes; i += kLanes) {
+          const Floats weight = exp2<kExpDegree<T>>((load(own + i) - top[r]) * scale);
+          total[r] += weight;
+          store(weights + r * kBlock + i, weight);
+        }
       }
       const E* below = values + start * kLanes / kPair * row;
       const E* w = (const E*)weights;
@@ -129,9 +134,9 @@ struct Attention {
     }
     for (int64_t r = 0; r < rows; r++) {
       T* target = out + (first + r) * width;
-      const float scale_row = 1.0f / total[r];
+      const float whole = sum(total[r]), scale_row = 1.0f / whole;
       each(n.D, [&](int64_t d, int lanes) { put(target + d, load(sums + r * row + d) * scale_row, lanes); });
-      visit(first + r, scores + r * kBlock, scale, top[r], total[r]);
+      visit(first + r, scores + r * kBlock, scale, top[r], whole);
     }
   }
 };

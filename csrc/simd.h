@@ -141,6 +141,16 @@ inline float largest(Floats x) {
 #endif
 }
 
+inline bool any(Ints x) {
+#if defined(__AVX512F__)
+  return _mm512_test_epi32_mask((__m512i)x, (__m512i)x);
+#else
+  int32_t some = 0;
+  for (int i = 0; i < kLanes; i++) some |= x[i];
+  return some;
+#endif
+}
+
 // The first n lanes, the others zero.
 inline Floats only(Floats x, int n) { return load_some((const float*)&x, n); }
 
