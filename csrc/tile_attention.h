@@ -90,27 +90,44 @@ struct TileAttention {
     }
   }
 
-  // Scores of 32 queries and 16 keys, as two tiles; see ``keep``.
+  // Scores of 32 queries and 32 keys: a tile for 16 keys and the first 16 queries, one for the others, and the next keys'.
   void score(const bfloat16* queries, const uint32_t* keys, float* scores) const {
+    const uint32_t* next = keys + depth_tiles * kTileSize;
+    if (keeps_queries) {
+      meet_kept(keys, scores);
+      meet_kept(next, scores + 2 * kTileSize);
+      return;
+    }
     _tile_zero(0);
     _tile_zero(1);
-    if (keeps_queries) {
-      _tile_loadd(2, keys, 64);
-      _tile_dpbf16ps(0, 4, 2);
-      _tile_dpbf16ps(1, 6, 2);
-      if (depth_tiles == 2) {
-        _tile_loadd(3, keys + kTileSize, 64);
-        _tile_dpbf16ps(0, 5, 3);
-        _tile_dpbf16ps(1, 7, 3);
-      }
-    } else {
-      for (int64_t s = 0; s < depth_tiles; s++) {
-        _tile_loadd(2, keys + s * kTileSize, 64);
-        _tile_loadd(4, queries + s * 2 * kTileSize, 64);
-        _tile_loadd(6, queries + (depth_tiles + s) * 2 * kTileSize, 64);
-        _tile_dpbf16ps(0, 4, 2);
-        _tile_dpbf16ps(1, 6, 2);
-      }
+    _tile_zero(2);
+    _tile_zero(3);
+    for (int64_t s = 0; s < depth_tiles; s++) {
+      _tile_loadd(4, queries + s * 2 * kTileSize, 64);
+      _tile_loadd(5, queries + (depth_tiles + s) * 2 * kTileSize, 64);
+      _tile_loadd(6, keys + s * kTileSize, 64);
+      _tile_loadd(7, next + s * kTileSize, 64);
+      _tile_dpbf16ps(0, 4, 6);
+      _tile_dpbf16ps(1, 5, 6);
+      _tile_dpbf16ps(2, 4, 7);
+      _tile_dpbf16ps(3, 5, 7);
+    }
+    _tile_stored(0, scores, 64);
+    _tile_stored(1, scores + kTileSize, 64);
+    _tile_stored(2, scores + 2 * kTileSize, 64);
+    _tile_stored(3, scores + 3 * kTileSize, 64);
+  }
+
+  void meet_kept(const uint32_t* keys, float* scores) const {
+    _tile_zero(0);
+    _tile_zero(1);
+    _tile_loadd(2, keys, 64);
+    _tile_dpbf16ps(0, 4, 2);
+    _tile_dpbf16ps(1, 6, 2);
+    if (depth_tiles == 2) {
+      _tile_loadd(3, keys + kTileSize, 64);
+      _tile_dpbf16ps(0, 5, 3);
+      _tile_dpbf16ps(1, 7, 3);
     }
     _tile_stored(0, scores, 64);
     _tile_stored(1, scores + kTileSize, 64);
@@ -190,8 +207,8 @@ struct TileAttention {
       const int64_t some = std::min(kTileKeys / kTileDepth, blocks - block);
       const int64_t known = std::min(some * kTileDepth, n.S - block * kTileDepth);
       if (keeps_queries) keep(queries);
-      for (int64_t j = 0; j < 2 * some; j++)
-        score(queries, keys + (block * 2 + j) * depth_tiles * kTileSize, scores + j * 2 * kTileSize);
+      for (int64_t j = 0; j < some; j++)
+        score(queries, keys + (block + j) * 2 * depth_tiles * kTileSize, scores + j * 4 * kTileSize);
       Floats highest[kTileQueries];
       Ints is_higher = {};
       for (int64_t r = 0; r < kTileQueries; r++) {
