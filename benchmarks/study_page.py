@@ -96,7 +96,7 @@ def _missing(trained: Sequence[Record], concepts: Sequence[str]) -> str:
     found = {concept: {one["trained_as"] for one in trained if one["concept_name"] == concept} for concept in concepts}
     lacking = [f"{concept}: {', '.join(n for n in wanted if n not in own)}" for concept, own in found.items()]
     lacking = [one for one in lacking if not one.endswith(": ")]
-    return "; ".join(lacking) or "nothing of the methods"
+    return "; ".join(lacking) or "none of the methods"
 
 
 def _key(record: Record) -> tuple[str, str]:

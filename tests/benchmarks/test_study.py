@@ -95,18 +95,18 @@ def test_a_study_goes_on_from_an_earlier_one(tmp_path: Path, monkeypatch: pytest
         monkeypatch.setitem(study.JUDGES, judge, lambda _folder: Look)
     monkeypatch.setattr(Look, "accuracy", {}, raising=False)
     before, out = study_page.newest(), tmp_path / "study.json"
-    asking = ["--concepts", "star-car", "--methods", "ico", "--add-to", str(before), "--result", str(out)]
+    asking = ["--concepts", "spotted-dog", "--methods", "ico", "--add-to", str(before), "--result", str(out)]
     study.main(asking)
     assert {task.judge for task in asked} == {"whole"}
     with pytest.raises(ValueError, match="'whole', got 'small'"):
         study.main([*asking, "--judge", "small"])
     earlier, made = json.loads(before.read_text()), json.loads(out.read_text())
-    assert [(task.method, task.concept) for task in asked] == [("base", "star-car"), ("ico", "star-car")]
+    assert [(task.method, task.concept) for task in asked] == [("base", "spotted-dog"), ("ico", "spotted-dog")]
     assert asked[1].rate == earlier["settings"]["rates"]["ico"]
     assert made["study"][:-2] == earlier["study"]
     assert made["tuning"] == earlier["tuning"]
     commits, told = made["settings"]["commits"], earlier["settings"]["commits"]
-    assert commits == told | {"star-car": made["machine"]["commit"]}
+    assert commits == told | {"spotted-dog": made["machine"]["commit"]}
     assert made["settings"]["wall_seconds"] >= earlier["settings"]["wall_seconds"]
     text = study_page.page(before, *(study_page.newest(kind) for kind in ("layout", "sweeps")))
     others = [
