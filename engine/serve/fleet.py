@@ -16,10 +16,12 @@ from typing import Any
 from ..checks import check_integer
 from ..engine import Engine
 from ..loading import load
+from ..methods.asked_pictures import NetFiles
 from ..options import make_options
 from ..result import Result
 from ..sampling.arguments import Options
 from ..sampling.request import make_request
+from .nets import Nets
 from .queue import Queue, Queued
 from .ray_bulk import start_ray
 from .scheduler import Scheduler
@@ -59,11 +61,14 @@ class FleetOptions:
 class Replica:
     """An Engine and its scheduler, in an actor."""
 
-    def __init__(self, loading: Mapping[str, Any], threads: int, max_rows: int | None) -> None:
+    def __init__(
+        self, loading: Mapping[str, Any], threads: int, max_rows: int | None, files: NetFiles | None = None
+    ) -> None:
         import torch
 
         torch.set_num_threads(threads)
         self.scheduler = Scheduler(load(**loading), max_rows, max_waiting=10_000)  # the fleet bounds the queue
+        self.nets = Nets(self.scheduler.sd, files)
 
     async def draw(self, prompt: str | list[str], client: str, options: dict[str, Any]) -> AsyncIterator[Any]:
         """(step, total, latents) after each step, and then the result; who stops reading cancels."""
@@ -74,7 +79,7 @@ class Replica:
         def tell(*step: Any) -> None:
             loop.call_soon_threadsafe(steps.put_nowait, (step[0], step[1], step[2].cpu()))
 
-        job = self.scheduler.submit(prompt, client=client, callback=tell, **options)
+        job = self.scheduler.submit(prompt, client=client, callback=tell, **self.nets.unpacked(options))
         job.add_done_callback(lambda _: loop.call_soon_threadsafe(steps.put_nowait, None))
         try:
             while (step := await steps.get()) is not None:
@@ -96,14 +101,22 @@ class Fleet(Queue[Queued]):
         loading: arguments of ``engine.load`` for the replicas.
         options: how many, and what they take.
         max_waiting: requests that wait for their first step; more are refused.
+        nets: ``sd``'s networks, which the replicas load too: what a request may have.
 
     Raises:
         RuntimeError: Ray Serve is not installed.
     """
 
-    def __init__(self, sd: Engine, loading: Mapping[str, Any], options: FleetOptions, max_waiting: int = 64) -> None:
+    def __init__(
+        self,
+        sd: Engine,
+        loading: Mapping[str, Any],
+        options: FleetOptions,
+        max_waiting: int = 64,
+        nets: Nets | None = None,
+    ) -> None:
         super().__init__(max_waiting)
-        self.sd, self.options = sd, options
+        self.sd, self.options, self.nets = sd, options, Nets(sd) if nets is None else nets
         most = options.most_replicas or options.replicas
         self._threads = ThreadPoolExecutor(max_waiting + most * options.ongoing, "twinstream-fleet")
         start_ray(options.address)
@@ -137,7 +150,7 @@ class Fleet(Queue[Queued]):
             **scaling,
         )(Replica)
         threads = max(1, round(options.cpus))
-        app = deployment.bind(dict(loading), threads, options.max_rows)
+        app = deployment.bind(dict(loading), threads, options.max_rows, self.nets.files)
         self._handle = self._serve.run(app, name=_NAME, route_prefix=None)
 
     def submit(
@@ -155,11 +168,12 @@ class Fleet(Queue[Queued]):
         asked = make_options(Options, "submit", {"progress": False, "callback": callback} | options)
         request = make_request(self.sd.limits, prompt, asked)
         seeds = list(request.seeds)  # drawn here, so that a second try draws the same picture
+        packed = self.nets.packed(options)
         with self._changed:
             self._check_open()
             job = Queued(self)
             self._jobs.append(job)
-        given = options | {"progress": False, "seed": seeds}
+        given = packed | {"progress": False, "seed": seeds}
         self._threads.submit(self._run, job, prompt, client, given, callback)
         return job
 

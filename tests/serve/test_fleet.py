@@ -6,6 +6,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -16,7 +17,10 @@ from ray.exceptions import RayActorError, RayTaskError
 
 import engine
 from engine.errors import QueueFullError, SchedulerClosedError
+from engine.methods.asked_pictures import NetFiles
 from engine.serve.fleet import Fleet, FleetOptions
+from engine.serve.nets import Nets
+from tests.controlnets import hint, random_controlnet
 
 PROMPT, QUICK = "a photo of a cat", {"steps": 2}
 Draw = Callable[[str, str, dict[str, Any]], Iterator[Any]]
@@ -76,6 +80,29 @@ def _drawing(sd: engine.Engine) -> Draw:
         yield out
 
     return draw
+
+
+def test_networks_are_the_replicas_own(
+    small: engine.Engine, small_folder: Path, tmp_path: Path, make_fleet: Callable[..., Fleet]
+) -> None:
+    random_controlnet(small, tmp_path / "edges", small_folder)
+    files = NetFiles({"mine": str(tmp_path / "edges")})
+    here, there, given = Nets(small, files), Nets(small, files), list[dict[str, Any]]()
+
+    def draw(prompt: str, client: str, options: dict[str, Any]) -> Iterator[Any]:
+        given.append(there.unpacked(options))
+        yield from _drawing(small)(prompt, client, given[0])
+
+    fleet = make_fleet(draw, nets=here)
+    control = engine.Control(here.controls["mine"], hint(), weight=0.5)
+    out = fleet.submit(PROMPT, seed=3, control=[control], **QUICK).result(60)
+    assert given[0]["control"][0].net is there.controls["mine"]
+    alone = small.generate(PROMPT, seed=3, control=[control], progress=False, **QUICK)
+    assert torch.equal(out.latents, alone.latents)
+    other = engine.Control(there.controls["mine"], hint())
+    with pytest.raises(ValueError, match=r"net must be one that the replicas have \(mine\), got 'edges'"):
+        fleet.submit(PROMPT, control=[other], **QUICK)
+    assert not fleet._jobs
 
 
 def test_what_dies_is_drawn_again_as_it_would_have_been(small: engine.Engine, make_fleet: Callable[..., Fleet]) -> None:
