@@ -195,9 +195,7 @@ def test_networks_are_loaded_once(small_folder: Path, folder: Path, monkeypatch:
     assert loaded == [str(folder / "edges")]
 
 
-def test_the_command_names_networks(
-    small_folder: Path, folder: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_the_command_names_networks(small_folder: Path, folder: Path, capsys: pytest.CaptureFixture[str]) -> None:
     rows = [{"control": [_control(0, net="mine")]}, {"image_prompts": [{**_like(0), "adapter": "style"}]}]
     file = folder / "rows.jsonl"
     file.write_text("\n".join(json.dumps({"prompt": "a", "seed": 1, **QUICK, **one}) for one in rows))

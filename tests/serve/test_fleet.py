@@ -21,6 +21,7 @@ from engine.methods.asked_pictures import NetFiles
 from engine.serve.fleet import Fleet, FleetOptions
 from engine.serve.nets import Nets
 from tests.controlnets import hint, random_controlnet
+from tests.ip_adapters import load_adapter, picture
 
 PROMPT, QUICK = "a photo of a cat", {"steps": 2}
 Draw = Callable[[str, str, dict[str, Any]], Iterator[Any]]
@@ -215,5 +216,25 @@ def test_a_killed_replica_costs_no_request() -> None:
     thread.join()
     assert asked
     assert fleet.submit(PROMPT, seed=0, steps=4).result(300).settings["dtype"] == "bfloat16"
+    fleet.close()
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_replicas_load_networks(small: engine.Engine, small_folder: Path, tmp_path: Path) -> None:
+    """On Ray Serve itself."""
+    random_controlnet(small, tmp_path / "edges", small_folder)
+    load_adapter(small, tmp_path, "plain")
+    adapter = str(tmp_path / "plain-0.safetensors"), str(tmp_path / "image_encoder")
+    nets = Nets(small, NetFiles({"mine": str(tmp_path / "edges")}, {"style": adapter}))
+    fleet = Fleet(small, {"model": str(small_folder)}, FleetOptions(max_rows=8), nets=nets)
+    options: dict[str, Any] = {
+        "control": engine.Control(nets.controls["mine"], hint(), weight=0.5),
+        "image_prompts": engine.ImagePrompt(nets.adapters["style"], picture(), 0.5),
+    }
+    out = fleet.submit(PROMPT, seed=3, **options, **QUICK).result(120)
+    alone = small.generate(PROMPT, seed=3, progress=False, **options, **QUICK)
+    torch.testing.assert_close(out.latents, alone.latents, rtol=1e-5, atol=1e-5)
+    assert out.settings["control"] == alone.settings["control"]
     fleet.close()
     ray.shutdown()

@@ -13,8 +13,10 @@ import webuiapi
 from PIL import Image
 
 import engine
+from engine.cli import main
 from engine.methods.asked_pictures import NetFiles
 from engine.sampling.mask import crop_box
+from engine.serve.http import run
 from engine.serve.http.hints import CROP, FILL, STRETCH, fitted
 from engine.serve.http.service import Limits
 from engine.serve.nets import Nets
@@ -324,6 +326,24 @@ def test_a1111_scripts_that_are_no_units(http: httpx.Client) -> None:
     for empty in ([], {"args": []}, {"args": [{"enabled": False, "module": "canny"}]}):
         body = {"prompt": PROMPT, "steps": 1, "alwayson_scripts": {"controlnet": empty}}
         assert http.post("/sdapi/v1/txt2img", json=body).status_code == 200
+
+
+# -- the command
+
+
+def test_the_command_loads_networks(
+    small_folder: Path, files: NetFiles, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    served: list[Nets] = []
+    monkeypatch.setattr(run, "serve", lambda _sd, _options, _tokens, _fleet, nets: served.append(nets))
+    command = ["serve", "--model", str(small_folder), "--control", f"mine={files.controls['edges']}"]
+    command += ["--image-prompt-adapter", f"style={files.adapters['plus'][0]}"]
+    assert main(command) == 0
+    assert (list(served[0].controls), list(served[0].adapters)) == (["mine"], ["style"])
+    assert served[0].files.adapters["style"] == files.adapters["plus"], "the encoder beside it"
+    assert main([*command, "--control", "other=/nowhere"]) == 1
+    assert "/nowhere" in capsys.readouterr().err
+    assert len(served) == 1
 
 
 # -- hints

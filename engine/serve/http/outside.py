@@ -40,8 +40,9 @@ def keep_outside(picture: Image.Image, mask: Image.Image, blur: float, covering:
     softened = softened.convert("L").point([covering(value) for value in range(256)])
 
     def finish(drawn: Image.Image) -> Image.Image:
-        whole, over = _sized(picture, drawn.size), _sized(softened, drawn.size)
-        return Crop(whole, over, (0, 0, *drawn.size)).paste(drawn)
+        nonlocal picture, softened  # all that a request draws is of one size, and results are kept for a while
+        picture, softened = _sized(picture, drawn.size), _sized(softened, drawn.size)
+        return Crop(picture, softened, (0, 0, *drawn.size)).paste(drawn)
 
     return finish
 
