@@ -359,6 +359,9 @@ def test_a_hint_is_stretched_cropped_or_filled() -> None:
         assert fitted(one, mode, (5, 7)).size == (5, 7)
     assert np.array_equal(fitted(one, STRETCH, (3, 4)), one.resize((3, 4), Image.Resampling.LANCZOS))
     assert np.array_equal(fitted(one, CROP, (3, 4)), pixels[:, 2:5])
+    larger = hint(1, 12, 30).resize((48, 19), Image.Resampling.LANCZOS)  # 1.6 times as large
+    assert _differ(fitted(hint(1, 12, 30), CROP, (21, 19)), larger.crop((13, 0, 34, 19))) <= 1
+    assert fitted(Image.new("RGB", (1, 1_000_000)), CROP, (512, 512)).size == (512, 512), "half a billion pixels in all"
     wide = np.asarray(fitted(one, FILL, (8, 7)))
     assert np.array_equal(wide[1:5], pixels)
     assert (wide[[0, 5, 6]] == np.median([(10, 20, 30), (90, 80, 70)], axis=0)).all()

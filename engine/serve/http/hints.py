@@ -53,14 +53,14 @@ def fitted(hint: Image.Image, mode: str, size: tuple[int, int]) -> Image.Image:
     width, height = size
     scales = width / hint.width, height / hint.height
     scale = max(scales) if mode == CROP else min(scales)
-    scaled = hint.resize(
-        (max(1, round(hint.width * scale)), max(1, round(hint.height * scale))), Image.Resampling.LANCZOS
-    )
-    left, top = (width - scaled.width) // 2, (height - scaled.height) // 2
-    if mode == CROP:  # what lies beyond is shared by both sides, the odd pixel goes at the end
-        left, top = -((scaled.width - width) // 2), -((scaled.height - height) // 2)
+    across, down = max(1, round(hint.width * scale)), max(1, round(hint.height * scale))
+    if mode == CROP:  # out of the hint itself: what is very long and narrow would become a great many pixels
+        left, top = (across - width) // 2, (down - height) // 2
+        x, y = hint.width / across, hint.height / down
+        box = left * x, top * y, min((left + width) * x, hint.width), min((top + height) * y, hint.height)
+        return hint.resize(size, Image.Resampling.LANCZOS, box)
     whole = Image.new("RGB", size, _edges_median(hint))
-    whole.paste(scaled, (left, top))
+    whole.paste(hint.resize((across, down), Image.Resampling.LANCZOS), ((width - across) // 2, (height - down) // 2))
     return whole
 
 
