@@ -12,10 +12,20 @@ from typing import TYPE_CHECKING, Any
 
 from .checks import check_choice, check_integer
 from .cli_pictures import add_sources, draw_folder, read_request
-from .cli_runs import add_batch, add_calibrate, add_convert, add_evaluate, add_serve, add_toy, loading_arguments
+from .cli_runs import (
+    add_batch,
+    add_calibrate,
+    add_convert,
+    add_evaluate,
+    add_image_encoder,
+    add_serve,
+    add_toy,
+    loading_arguments,
+)
 from .completion import add_completion
 from .loading import BACKENDS
 from .methods.asked import Asked
+from .methods.asked_pictures import asked_image_prompts
 from .methods.control import asked_controls
 from .options import on_command_line
 from .sampling.arguments import Options
@@ -91,6 +101,10 @@ def _parser() -> argparse.ArgumentParser:
     help = "draw with this ControlNet and hint picture, weight 1 from 0 to 1 unless given; may be repeated"
     form = "NET=IMAGE[:WEIGHT[:START:END]]"
     generate.add_argument("--control", action="append", default=[], metavar=form, help=help)
+    help = "draw like this picture too, by an IP-Adapter's file, scale 1 unless given; may be repeated"
+    form = "ADAPTER=PICTURE[:SCALE]"
+    generate.add_argument("--image-prompt", dest="image_prompts", action="append", default=[], metavar=form, help=help)
+    add_image_encoder(generate)
     generate.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)")
     generate.add_argument("--grid", action="store_true", help="also write all pictures as one sheet, grid.png")
     generate.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -226,6 +240,7 @@ def _generate(arguments: argparse.Namespace) -> int:
     prompts, options = read_request(arguments, _given(arguments, Options), _customization(arguments))
     sd = _load(arguments)
     options["control"] = asked_controls(arguments.control, sd)
+    options["image_prompts"] = asked_image_prompts(arguments.image_prompts, arguments.image_encoder, sd)
     if "mask" in options:
         options["mask"] = Image.open(options["mask"])
     if "image" in options and options["image"].is_dir():

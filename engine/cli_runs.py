@@ -13,6 +13,7 @@ from pathlib import Path
 from typing import Any
 
 from .checks import check_choice, check_integer, check_number
+from .methods.asked_pictures import NetFiles, read_net_files
 from .methods.lora import asked_lora
 
 
@@ -22,8 +23,10 @@ def add_batch(parser: argparse.ArgumentParser) -> None:
         type=Path,
         metavar="FILE",
         help="JSONL, one picture a line: prompt and seed, and what else generate takes (steps, sampler, height ...), "
-        "concepts and their options (concepts, foundation, concept_strength, dci ...), id, latents",
+        "concepts and their options (concepts, foundation, concept_strength, dci ...), control, image_prompts, id, "
+        "latents",
     )
+    _add_nets(parser)
     parser.add_argument("--out", type=Path, default=Path("out"), help="folder for the pictures (default: out)")
     parser.add_argument("--batch-size", type=int, default=8, help="rows at a time (default: 8)")
     parser.add_argument("--quiet", action="store_true", help="no progress bar")
@@ -60,6 +63,7 @@ def add_serve(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--port", type=int, default=7860, help="(default: 7860)")
     parser.add_argument("--token-file", type=Path, metavar="FILE", help="with bearer tokens; or TWINSTREAM_TOKEN")
     parser.add_argument("--concepts", type=Path, metavar="FOLDER", help="where concepts that clients put are kept")
+    _add_nets(parser)
     parser.add_argument("--max-rows", type=int, metavar="N", help="of a UNet batch (default: profiled)")
     parser.add_argument("--max-waiting", type=int, default=64, metavar="N", help="requests (default: 64)")
     parser.add_argument("--preview-vae", type=Path, metavar="FILE", help="TAESD for previews (default: a linear map)")
@@ -83,19 +87,21 @@ def _serve(arguments: argparse.Namespace) -> int:
         raise RuntimeError(f"{error.name} is not installed; pip install 'twinstream[serve]'") from error
 
     from .loading import load
+    from .serve.nets import Nets
 
     names = ("host", "port", "concepts", "max_rows", "max_waiting", "log_prompts", "grace_seconds", "preview_vae")
     options = ServeOptions(**{name: getattr(arguments, name) for name in names})
-    tokens, loading = read_tokens(arguments.token_file), loading_arguments(arguments)
+    tokens, loading, files = read_tokens(arguments.token_file), loading_arguments(arguments), _net_files(arguments)
     names = ("replicas", "most_replicas", "cpus", "gpus", "address")
     ray = _given_to_ray(arguments, dict(zip(names, names, strict=True)))
     sd, fleet = load(**loading), None
+    nets = Nets(sd, files)
     if ray is not None:
         from .serve.fleet import Fleet, FleetOptions
 
-        fleet = Fleet(sd, loading, FleetOptions(max_rows=options.max_rows, **ray), options.max_waiting)
+        fleet = Fleet(sd, loading, FleetOptions(max_rows=options.max_rows, **ray), options.max_waiting, nets)
     print(f"http://{options.host}:{options.port}", flush=True)
-    serve(sd, options, tokens, fleet)
+    serve(sd, options, tokens, fleet, nets)
     return 0
 
 
@@ -150,6 +156,23 @@ def _add_ray(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--actor-gpus", type=float, metavar="N", help="with --ray: for each (default: 0)")
 
 
+def _add_nets(parser: argparse.ArgumentParser) -> None:
+    help = "a ControlNet, folder or file, and how requests name it; may be repeated"
+    parser.add_argument("--control", action="append", default=[], metavar="NAME=PATH", help=help)
+    help = "an IP-Adapter's file, and how requests name it; may be repeated"
+    parser.add_argument("--image-prompt-adapter", action="append", default=[], metavar="NAME=FILE", help=help)
+    add_image_encoder(parser)
+
+
+def add_image_encoder(parser: argparse.ArgumentParser) -> None:
+    help = "of the IP-Adapters (default: the folder image_encoder beside each)"
+    parser.add_argument("--image-encoder", type=Path, metavar="FOLDER", help=help)
+
+
+def _net_files(arguments: argparse.Namespace) -> NetFiles:
+    return read_net_files(arguments.control, arguments.image_prompt_adapter, arguments.image_encoder)
+
+
 def _add_address(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--address", help="with --ray: of a cluster, or auto (default: one is started here)")
 
@@ -196,7 +219,7 @@ def _batch(arguments: argparse.Namespace) -> int:
     from .serve.bulk import read_rows, run_bulk, write_status
 
     loading, how = loading_arguments(arguments), _bulk(arguments)
-    rows, statuses = read_rows(arguments.rows, model_digest(loading))
+    rows, statuses = read_rows(arguments.rows, model_digest(loading), _net_files(arguments))
     for one in run_bulk(rows, arguments.out, loading, **how):
         statuses.append(one)
         if one.status == "error":

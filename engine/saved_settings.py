@@ -95,6 +95,10 @@ def _from_json(text: str, path: str) -> _Found:
         _read_customization(custom, found)
     if loras := settings.pop("loras", None):
         found.unread.append(f"LoRAs {', '.join(str(lora.get('name')) for lora in loras)}")
+    for known, network, what in (("control", "name", "ControlNets"), ("image_prompts", "adapter", "image prompts of")):
+        if given := settings.pop(known, None):
+            names = ", ".join(str(one.get(network)) for one in given)
+            found.unread.append(f"{what} {names}, with their pictures")
     for known in ("model", "device", "dtype", "backend"):
         settings.pop(known, None)
     found.unread += [f"{name}: {value!r}" for name, value in settings.items() if value]

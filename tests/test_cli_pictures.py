@@ -8,7 +8,10 @@ import pytest
 from PIL import Image
 from PIL.PngImagePlugin import PngInfo
 
+import engine
 from engine.cli import main
+from tests.controlnets import hint, listen, random_controlnet
+from tests.ip_adapters import load_adapter, picture
 
 
 def _draw(folder: Path, out: Path, *more: str) -> int:
@@ -109,6 +112,48 @@ def test_a_folder_of_pictures(small_folder: Path, tmp_path: Path, capsys: pytest
     assert _draw(small_folder, tmp_path / "two", *given, "--count", "2") == 0
     assert sorted(path.name for path in (tmp_path / "two").iterdir()) == ["a-0.png", "a-1.png", "b-0.png", "b-1.png"]
     assert _settings(tmp_path / "two" / "b-1.png")["seed"] == 4
+
+
+def test_image_prompts_and_controls(
+    small: engine.Engine, small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    """Told in the picture's settings, and by ``--from``, which cannot bring them back."""
+    load_adapter(small, tmp_path, "plain")
+    random_controlnet(small, tmp_path / "edges", small_folder)
+    listen(tmp_path / "edges")
+    hint().save(tmp_path / "hint.png")
+    for i in range(2):
+        picture(i).save(tmp_path / f"{i}.png")
+    adapter = tmp_path / "plain-0.safetensors"
+    given = ["a cat", "--seed", "5", "--control", f"{tmp_path / 'edges'}={tmp_path / 'hint.png'}:0.5:0:0.8"]
+    given += [
+        "--image-prompt",
+        f"{adapter}={tmp_path / '0.png'}:0.7",
+        "--image-prompt",
+        f"{adapter}={tmp_path / '1.png'}",
+    ]
+    assert _draw(small_folder, tmp_path / "a", *given, "--image-encoder", str(tmp_path / "image_encoder")) == 0
+    first = tmp_path / "a" / "00000-5.png"
+    plain = engine.IPAdapter.load(adapter, small, tmp_path / "image_encoder")
+    ours = small.generate(
+        "a cat", seed=5, steps=2, progress=False,
+        control=engine.Control(engine.load_controlnet(tmp_path / "edges", small), hint(), 0.5, end=0.8),
+        image_prompts=[engine.ImagePrompt(plain, picture(0), 0.7), engine.ImagePrompt(plain, picture(1))],
+    )  # fmt: skip
+    assert np.array_equal(_pixels(first), np.asarray(ours.images[0]))
+    assert [one["scale"] for one in _settings(first)["image_prompts"]] == [0.7, 1.0]
+    assert _settings(first)["control"][0]["weight"] == 0.5
+    told = "ControlNets edges, with their pictures; image prompts of plain-0, plain-0, with their pictures"
+    with pytest.warns(UserWarning, match=told):
+        assert _draw(small_folder, tmp_path / "b", "--from", str(first)) == 0
+    again = tmp_path / "b" / "00000-5.png"
+    assert (_settings(again)["image_prompts"], _settings(again)["control"]) == ([], [])
+    with pytest.warns(UserWarning, match=told):
+        assert _draw(small_folder, tmp_path / "c", "--from", str(first), *given[3:]) == 0
+    assert np.array_equal(_pixels(tmp_path / "c" / "00000-5.png"), _pixels(first))
+    capsys.readouterr()
+    assert _draw(small_folder, tmp_path / "d", "a cat", "--image-prompt", str(adapter)) == 1
+    assert "image-prompt must be ADAPTER=PICTURE or ADAPTER=PICTURE:SCALE" in capsys.readouterr().err
 
 
 def test_refusals(small_folder: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

@@ -1,6 +1,6 @@
 """Bulk runs: a file of rows to a folder of pictures, in process or on Ray, resumable at every picture.
 
-A row is the arguments of one picture. Its key, the hash of what decides the picture, the content of model and concepts
+A row is the arguments of one picture. Its key, the hash of what decides the picture, the content of model and files
 included, names its file, so that a rerun skips what is there, and a row that is drawn twice after a crash replaces its
 file by the same one. A row's own id takes the key's place; its file then counts as drawn whatever else has changed.
 """
@@ -12,7 +12,7 @@ import io
 import json
 import time
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field, fields
+from dataclasses import dataclass, field, fields, replace
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -23,14 +23,19 @@ from ..checks import check_integer
 from ..files import write_atomically
 from ..loading import load
 from ..methods.asked import Asked, take_asked
+from ..methods.asked_pictures import AskedControl, AskedImagePrompt, NetFiles
 from ..methods.concept import Concept
+from ..methods.control import load_controlnet
 from ..options import make_options
+from ..read_picture import read_picture
 from ..sampling.arguments import Options
 from ..sampling.request import make_request
+from .nets import adapter_loader, made
+from .row_files import contents_of, digest_of, take_files
 
 Paint = Callable[[Sequence[Sequence["Row"]], Path, Mapping[str, Any]], Iterable[list["Status"]]]
 STATUS_FILE = "status.jsonl"
-_NAMES = ("id", "prompt", "latents")  # of a row, beside what generate and ``Asked`` take
+_NAMES = ("id", "prompt", "latents", "control", "image_prompts")  # beside what generate and ``Asked`` take
 _OPTIONS = (
     "negative_prompt",
     "steps",
@@ -58,6 +63,7 @@ class Row:
         options: keywords of ``generate``; seed is always there.
         asked: its customisation.
         latents: whether the final latents are kept too, as ``<key>.npy``.
+        control, image_prompts: with files for networks and pictures.
     """
 
     key: str
@@ -65,6 +71,8 @@ class Row:
     options: Mapping[str, Any]
     asked: Asked = field(default_factory=Asked)
     latents: bool = False
+    control: tuple[AskedControl, ...] = ()
+    image_prompts: tuple[AskedImagePrompt, ...] = ()
 
     def files(self, folder: Path) -> list[Path]:
         """What it leaves, the picture last."""
@@ -89,12 +97,14 @@ class Status:
     seconds: float = 0.0
 
 
-def make_row(given: Mapping[str, Any], model: str) -> Row:
+def make_row(given: Mapping[str, Any], model: str, nets: NetFiles | None = None, folder: Path | None = None) -> Row:
     """A row from JSON: prompt and seed, keywords of ``generate`` and of ``methods.asked.Asked``, and perhaps an id.
 
     Args:
         given: the JSON object.
         model: tells the model from others; see ``loading.model_digest``.
+        nets: networks that it may name; others it gives as files.
+        folder: which the files of its pictures and networks are relative to.
 
     Raises:
         ValueError: something is missing or unknown; the message names it.
@@ -107,34 +117,29 @@ def make_row(given: Mapping[str, Any], model: str) -> Row:
         raise ValueError(f"prompt must be a text, got {prompt!r}")
     if name is not None and not (isinstance(name, str) and name and set(name) <= _SAFE):
         raise ValueError(f"id must be letters, digits, '-' and '_', got {name!r}")
-    asked = take_asked(values)
+    asked, (control, prompts) = take_asked(values), take_files(values, nets or NetFiles(), folder or Path())
     for one in values:
         if one not in _OPTIONS:
             known = sorted({*_NAMES, *_OPTIONS, *(f.name for f in fields(Asked))})
             raise ValueError(f"a row has no {one!r}; it has {', '.join(known)}")
     check_integer("seed", values.get("seed"), 0)
     options = [getattr(asked, f.name) for f in fields(Asked)]
-    decides = json.dumps([prompt, values, options, _contents(asked), model], sort_keys=True, default=str)
-    key = name or hashlib.sha256(decides.encode()).hexdigest()[:20]
-    return Row(key, prompt, values, asked, bool(latents))
+    decides = [prompt, values, options, _contents(asked), model, *contents_of(control, prompts)]
+    text = json.dumps(decides, sort_keys=True, default=str)
+    key = name or hashlib.sha256(text.encode()).hexdigest()[:20]
+    return Row(key, prompt, values, asked, bool(latents), control, prompts)
 
 
 def _contents(asked: Asked) -> list[str]:
     """The hash of each concept's file; "" for what cannot be read, which will be told when it is drawn."""
-    paths = [Path(name) for name in asked.concepts if isinstance(name, str)]
-    return [_file_hash(path, path.stat().st_mtime_ns) if path.is_file() else "" for path in paths]
-
-
-@lru_cache(maxsize=64)
-def _file_hash(path: Path, _changed_ns: int) -> str:
-    return _hash(path.read_bytes())
+    return [digest_of(name) for name in asked.concepts if isinstance(name, str)]
 
 
 _SAFE = set("abcdefghijklmnopqrstuvwxyzABCDEFGHIJKLMNOPQRSTUVWXYZ0123456789-_")
 
 
-def read_rows(path: Path, model: str) -> tuple[list[Row], list[Status]]:
-    """The rows of a JSONL file, and the status of lines that are none; ``model`` as in ``make_row``.
+def read_rows(path: Path, model: str, nets: NetFiles | None = None) -> tuple[list[Row], list[Status]]:
+    """The rows of a JSONL file, and the status of lines that are none; ``model`` and ``nets`` as in ``make_row``.
 
     Raises:
         ValueError: the file cannot be read, or two rows have one key.
@@ -148,7 +153,7 @@ def read_rows(path: Path, model: str) -> tuple[list[Row], list[Status]]:
         if not line.strip():
             continue
         try:
-            row = make_row(json.loads(line), model)
+            row = make_row(json.loads(line), model, nets, path.parent)
         except ValueError as error:  # JSONDecodeError is one
             wrong.append(Status(f"line-{number}", "error", error=str(error)))
             continue
@@ -168,33 +173,41 @@ class Painter:
             torch.set_num_threads(threads)
         self.folder, self.sd = Path(folder), load(**loading)
         self.concept = lru_cache(maxsize=64)(Concept.load)
+        self.net = lru_cache(maxsize=None)(lambda path: load_controlnet(path, self.sd))
+        self.adapter = adapter_loader(self.sd)
 
     def __call__(self, rows: Sequence[Row]) -> list[Status]:
         """Draw what is not there yet, rows of like options in one call; a row that fails costs the others nothing."""
         found: dict[str, Status] = {}
-        waiting: dict[str, list[tuple[Row, Any]]] = {}
+        waiting: dict[str, list[tuple[Row, dict[str, Any]]]] = {}
         for row in rows:
             if (there := _there(row, self.folder)) is not None:
                 found[row.key] = there
                 continue
             try:
-                custom, shared = row.asked.make(self.concept), _shared(row)
-                self._check(row, custom)
+                own, shared = self._own(row), [_shared(row), *(replace(one, image="") for one in row.control)]
+                self._check(row, own)
             except (ValueError, OSError) as error:
                 found[row.key] = Status(row.key, "error", error=str(error))
             else:
-                waiting.setdefault(json.dumps(shared, sort_keys=True), []).append((row, custom))
+                waiting.setdefault(json.dumps(shared, sort_keys=True, default=repr), []).append((row, own))
         for group in waiting.values():
             found |= {status.key: status for status in self._draw(group)}
         return [found[row.key] for row in rows]
 
-    def _check(self, row: Row, custom: Any) -> None:
-        """Refuse a row alone before it could take others with it."""
-        make_request(
-            self.sd.limits, row.prompt, make_options(Options, "a row", {**row.options, "customization": custom})
-        )
+    def _own(self, row: Row) -> dict[str, Any]:
+        """The options of a row that are not text."""
+        return {"customization": row.asked.make(self.concept)} | made(
+            row.control, row.image_prompts, lambda _, one: self.net(one.net),
+            lambda _, one: self.adapter(one.adapter, one.image_encoder or ""),
+            lambda _, path: read_picture(path),
+        )  # fmt: skip
 
-    def _draw(self, group: list[tuple[Row, Any]]) -> list[Status]:
+    def _check(self, row: Row, own: dict[str, Any]) -> None:
+        """Refuse a row alone before it could take others with it."""
+        make_request(self.sd.limits, row.prompt, make_options(Options, "a row", {**row.options, **own}))
+
+    def _draw(self, group: list[tuple[Row, dict[str, Any]]]) -> list[Status]:
         try:
             return self._draw_together(group)
         except (ValueError, RuntimeError) as error:
@@ -202,15 +215,15 @@ class Painter:
                 return [Status(group[0][0].key, "error", error=str(error))]
         return [status for one in group for status in self._draw([one])]  # which of them it was
 
-    def _draw_together(self, group: list[tuple[Row, Any]]) -> list[Status]:
+    def _draw_together(self, group: list[tuple[Row, dict[str, Any]]]) -> list[Status]:
         start, rows = time.perf_counter(), [row for row, _ in group]
         out = self.sd.generate(
             [row.prompt for row in rows],
             negative_prompt=[row.options.get("negative_prompt", "") for row in rows],
             seed=[row.options["seed"] for row in rows],
-            customization=[custom for _, custom in group],
             progress=False,
             **_shared(rows[0]),
+            **_together([own for _, own in group]),
         )
         hashes = []
         for i, row in enumerate(rows):
@@ -279,6 +292,16 @@ def _there(row: Row, folder: Path) -> Status | None:
 def _shared(row: Row) -> dict[str, Any]:
     """The options that rows of one call have in common."""
     return {name: value for name, value in row.options.items() if name not in ("seed", "negative_prompt")}
+
+
+def _together(own: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
+    """The options of several rows that are not text, as one call has them; their controls differ in hints alone."""
+    alike = zip(*(one.get("control", ()) for one in own), strict=True)
+    return {
+        "customization": [one["customization"] for one in own],
+        "control": [replace(same[0], image=[one.image for one in same]) for same in alike],
+        "image_prompts": [one.get("image_prompts") for one in own],
+    }
 
 
 def _hash(data: bytes) -> str:

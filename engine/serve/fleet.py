@@ -16,10 +16,12 @@ from typing import Any
 from ..checks import check_integer, check_number
 from ..engine import Engine
 from ..loading import load
+from ..methods.asked_pictures import NetFiles
 from ..options import make_options
 from ..result import Result
 from ..sampling.arguments import Options
 from ..sampling.request import make_request
+from .nets import Nets
 from .queue import Queue, Queued
 from .ray_bulk import start_ray
 from .scheduler import Scheduler
@@ -59,11 +61,14 @@ class FleetOptions:
 class Replica:
     """An Engine and its scheduler, in an actor."""
 
-    def __init__(self, loading: Mapping[str, Any], threads: int, max_rows: int | None) -> None:
+    def __init__(
+        self, loading: Mapping[str, Any], threads: int, max_rows: int | None, files: NetFiles | None = None
+    ) -> None:
         import torch
 
         torch.set_num_threads(threads)
         self.scheduler = Scheduler(load(**loading), max_rows, max_waiting=10_000)  # the fleet bounds the queue
+        self.nets = Nets(self.scheduler.sd, files)
 
     async def draw(
         self, prompt: str | list[str], client: str, due: float | None, options: dict[str, Any]
@@ -79,8 +84,8 @@ class Replica:
         def tell(*step: Any) -> None:
             loop.call_soon_threadsafe(steps.put_nowait, (step[0], step[1], step[2].cpu()))
 
-        left = None if due is None else max(0.0, due - time.time())
-        job = self.scheduler.submit(prompt, client=client, deadline=left, callback=tell, **options)
+        left, given = None if due is None else max(0.0, due - time.time()), self.nets.unpacked(options)
+        job = self.scheduler.submit(prompt, client=client, deadline=left, callback=tell, **given)
         job.add_done_callback(lambda _: loop.call_soon_threadsafe(steps.put_nowait, None))
         try:
             while (step := await steps.get()) is not None:
@@ -102,14 +107,22 @@ class Fleet(Queue[Queued]):
         loading: arguments of ``engine.load`` for the replicas.
         options: how many, and what they take.
         max_waiting: requests that wait for their first step; more are refused.
+        nets: ``sd``'s networks, which the replicas load too: what a request may have.
 
     Raises:
         RuntimeError: Ray Serve is not installed.
     """
 
-    def __init__(self, sd: Engine, loading: Mapping[str, Any], options: FleetOptions, max_waiting: int = 64) -> None:
+    def __init__(
+        self,
+        sd: Engine,
+        loading: Mapping[str, Any],
+        options: FleetOptions,
+        max_waiting: int = 64,
+        nets: Nets | None = None,
+    ) -> None:
         super().__init__(max_waiting)
-        self.sd, self.options = sd, options
+        self.sd, self.options, self.nets = sd, options, Nets(sd) if nets is None else nets
         most = options.most_replicas or options.replicas
         self._threads = ThreadPoolExecutor(max_waiting + most * options.ongoing, "twinstream-fleet")
         start_ray(options.address)
@@ -143,7 +156,7 @@ class Fleet(Queue[Queued]):
             **scaling,
         )(Replica)
         threads = max(1, round(options.cpus))
-        app = deployment.bind(dict(loading), threads, options.max_rows)
+        app = deployment.bind(dict(loading), threads, options.max_rows, self.nets.files)
         self._handle = self._serve.run(app, name=_NAME, route_prefix=None)
 
     def submit(
@@ -160,11 +173,12 @@ class Fleet(Queue[Queued]):
         asked = make_options(Options, "submit", {"progress": False, "callback": callback} | options)
         request = make_request(self.sd.limits, prompt, asked)
         seeds = list(request.seeds)  # drawn here, so that a second try draws the same picture
+        packed = self.nets.packed(options)
         with self._changed:
             self._check_open()
             job = Queued(self)
             self._jobs.append(job)
-        given = options | {"progress": False, "seed": seeds}
+        given = packed | {"progress": False, "seed": seeds}
         self._threads.submit(self._run, job, (prompt, client, due, given), callback)
         return job
 

@@ -18,6 +18,7 @@ import engine
 from engine.serve.http.app import make_app
 from engine.serve.http.service import Limits, Service
 from engine.serve.http.shelf import Shelf
+from engine.serve.nets import Nets
 from engine.serve.scheduler import Scheduler
 
 
@@ -40,12 +41,13 @@ def running(
     tokens: Sequence[str] = (),
     limits: Limits | None = None,
     max_waiting: int = 64,
+    nets: Nets | None = None,
     **options: Any,
 ) -> Iterator[Running]:
     """Concepts put there go to ``folder/put``; those that came with it are in ``folder/shipped``."""
     (folder / "shipped").mkdir(exist_ok=True)
     scheduler = Scheduler(sd, max_rows=8, max_waiting=max_waiting)
-    service = Service(scheduler, Shelf(sd, folder / "put", folder / "shipped"), limits or Limits())
+    service = Service(scheduler, Shelf(sd, folder / "put", folder / "shipped"), limits or Limits(), nets=nets)
     app = make_app(service, tokens, **options)
     server = uvicorn.Server(uvicorn.Config(app, port=0, log_level="warning", timeout_graceful_shutdown=5))
     thread = threading.Thread(target=server.run, daemon=True)

@@ -7,6 +7,7 @@ import threading
 import time
 from collections.abc import Callable, Iterator
 from concurrent.futures import CancelledError, wait
+from pathlib import Path
 from typing import Any
 
 import psutil
@@ -17,7 +18,11 @@ from ray.exceptions import RayActorError, RayTaskError
 
 import engine
 from engine.errors import DeadlineError, QueueFullError, SchedulerClosedError
+from engine.methods.asked_pictures import NetFiles
 from engine.serve.fleet import Fleet, FleetOptions, Replica
+from engine.serve.nets import Nets
+from tests.controlnets import hint, random_controlnet
+from tests.ip_adapters import load_adapter, picture
 
 PROMPT, QUICK = "a photo of a cat", {"steps": 2}
 Draw = Callable[[str, str, float | None, dict[str, Any]], Iterator[Any]]
@@ -77,6 +82,29 @@ def _drawing(sd: engine.Engine) -> Draw:
         yield out
 
     return draw
+
+
+def test_networks_are_the_replicas_own(
+    small: engine.Engine, small_folder: Path, tmp_path: Path, make_fleet: Callable[..., Fleet]
+) -> None:
+    random_controlnet(small, tmp_path / "edges", small_folder)
+    files = NetFiles({"mine": str(tmp_path / "edges")})
+    here, there, given = Nets(small, files), Nets(small, files), list[dict[str, Any]]()
+
+    def draw(prompt: str, client: str, due: float | None, options: dict[str, Any]) -> Iterator[Any]:
+        given.append(there.unpacked(options))
+        yield from _drawing(small)(prompt, client, due, given[0])
+
+    fleet = make_fleet(draw, nets=here)
+    control = engine.Control(here.controls["mine"], hint(), weight=0.5)
+    out = fleet.submit(PROMPT, seed=3, control=[control], **QUICK).result(60)
+    assert given[0]["control"][0].net is there.controls["mine"]
+    alone = small.generate(PROMPT, seed=3, control=[control], progress=False, **QUICK)
+    assert torch.equal(out.latents, alone.latents)
+    other = engine.Control(there.controls["mine"], hint())
+    with pytest.raises(ValueError, match=r"net must be one that the replicas have \(mine\), got 'edges'"):
+        fleet.submit(PROMPT, control=[other], **QUICK)
+    assert not fleet._jobs
 
 
 def test_what_dies_is_drawn_again_as_it_would_have_been(small: engine.Engine, make_fleet: Callable[..., Fleet]) -> None:
@@ -146,6 +174,7 @@ def test_a_deadline_goes_with_its_request_and_counts_the_way(
     assert before + 30.0 <= float(sent[1] or 0) <= time.time() + 30.0
 
     replica = Replica.__new__(Replica)  # without loading a model of its own
+    replica.nets = Nets(small)
     with engine.Scheduler(small, max_rows=8) as replica.scheduler:
 
         async def draw(due: float | None) -> list[Any]:
@@ -216,5 +245,25 @@ def test_a_killed_replica_costs_no_request() -> None:
     thread.join()
     assert asked
     assert fleet.submit(PROMPT, seed=0, steps=4).result(300).settings["dtype"] == "bfloat16"
+    fleet.close()
+    ray.shutdown()
+
+
+@pytest.mark.slow
+def test_replicas_load_networks(small: engine.Engine, small_folder: Path, tmp_path: Path) -> None:
+    """On Ray Serve itself."""
+    random_controlnet(small, tmp_path / "edges", small_folder)
+    load_adapter(small, tmp_path, "plain")
+    adapter = str(tmp_path / "plain-0.safetensors"), str(tmp_path / "image_encoder")
+    nets = Nets(small, NetFiles({"mine": str(tmp_path / "edges")}, {"style": adapter}))
+    fleet = Fleet(small, {"model": str(small_folder)}, FleetOptions(max_rows=8), nets=nets)
+    options: dict[str, Any] = {
+        "control": engine.Control(nets.controls["mine"], hint(), weight=0.5),
+        "image_prompts": engine.ImagePrompt(nets.adapters["style"], picture(), 0.5),
+    }
+    out = fleet.submit(PROMPT, seed=3, **options, **QUICK).result(120)
+    alone = small.generate(PROMPT, seed=3, progress=False, **options, **QUICK)
+    torch.testing.assert_close(out.latents, alone.latents, rtol=1e-5, atol=1e-5)
+    assert out.settings["control"] == alone.settings["control"]
     fleet.close()
     ray.shutdown()

@@ -15,8 +15,10 @@ from pydantic import BaseModel, ConfigDict, Field
 
 from ...checks import check_integer
 from ...result import A1111_SAMPLERS, A1111_SCHEDULES
+from .a1111_control import SCRIPT, take_units
 from .decode import black_and_white
 from .errors import ERRORS
+from .outside import doubled
 from .own import preview_of
 from .service import Service
 
@@ -101,13 +103,18 @@ def make_router(service: Service) -> APIRouter:
         image, mask, inverted = None, None, False
         if isinstance(body, Img2Img):
             image, mask, inverted = body.init_images[0], body.mask or None, bool(body.inpainting_mask_invert)
+        scripts = dict(body.alwayson_scripts or {})
+        units = take_units(scripts, image, list(service.nets.controls))
         entry = await service.start(
             body.prompt,
-            _options(service, body),
+            _options(service, body, scripts),
             client=request.state.client,
             image=image,
             mask=mask,
             read_mask=black_and_white(inverted),
+            control=units.control,
+            resize_modes=units.resize_modes,
+            covering=doubled,
         )
         out = await service.result(request, entry)
         pictures = await asyncio.to_thread(entry.pictures_base64)
@@ -125,7 +132,7 @@ def make_router(service: Service) -> APIRouter:
         }
         return {
             "images": pictures,
-            "parameters": body.model_dump(exclude={"init_images", "mask"}),
+            "parameters": body.model_dump(exclude={"init_images", "mask", "alwayson_scripts"}),
             "info": json.dumps(info),
         }
 
@@ -177,7 +184,8 @@ def make_router(service: Service) -> APIRouter:
 
     @router.get("/scripts")
     async def scripts() -> dict[str, list[str]]:
-        return {"txt2img": [], "img2img": []}
+        there = [SCRIPT] if service.nets.controls else []
+        return {"txt2img": there, "img2img": there}
 
     @router.get("/options")
     async def options() -> dict[str, Any]:
@@ -192,8 +200,8 @@ def make_router(service: Service) -> APIRouter:
     return router
 
 
-def _options(service: Service, body: Txt2Img) -> dict[str, Any]:
-    """Options of ``generate``, from A1111's names."""
+def _options(service: Service, body: Txt2Img, scripts: dict[str, Any]) -> dict[str, Any]:
+    """Options of ``generate``, from A1111's names; ``scripts`` are those that nobody has taken."""
     for name, value in (body.model_extra or {}).items():
         if name in _NEUTRAL:
             if value not in _NEUTRAL[name]:
@@ -203,9 +211,8 @@ def _options(service: Service, body: Txt2Img) -> dict[str, Any]:
     overrides = dict(body.override_settings or {})
     stop_at = overrides.pop(_STOP_AT, 1)
     _check_options(service, overrides)
-    scripts = {name: given for name, given in (body.alwayson_scripts or {}).items() if _acts(given)}
-    if scripts:
-        raise ValueError(f"alwayson_scripts must be empty on this server, got {', '.join(sorted(scripts))}")
+    if acting := sorted(name for name, given in scripts.items() if _acts(given)):
+        raise ValueError(f"alwayson_scripts must be controlnet alone on this server, got {', '.join(acting)}")
     if (body.scheduler or "").lower() not in _SCHEDULES:
         known = ", ".join(["Automatic", *A1111_SCHEDULES.values()])
         raise ValueError(f"scheduler must be one of {known}, got {body.scheduler!r}")

@@ -18,7 +18,7 @@ from pydantic import ValidationError
 from starlette.exceptions import HTTPException
 
 from ...version import __version__
-from . import a1111, openai, own
+from . import a1111, a1111_control, openai, own
 from .book import FORMATS
 from .errors import ERRORS, answer, describe
 from .guard import Guard
@@ -50,7 +50,7 @@ def make_app(
         await ended
 
     app = FastAPI(title="Twinstream", version=__version__, lifespan=lifespan, docs_url=None, redoc_url=None)
-    for interface in (own, openai, a1111):
+    for interface in (own, openai, a1111, a1111_control):
         app.include_router(interface.make_router(service))
     _add_errors(app)
     _add_rest(app, service)

@@ -34,6 +34,7 @@ class Entry:
         watchers: called after each step, in the scheduler's thread.
         ended: when it was done, by ``time.monotonic``.
         pictures: encoded ones by number, format and whether of the foundation, made when first asked for.
+        finish: what is done to a drawn picture before it is encoded; None where nothing is.
     """
 
     id: str
@@ -44,6 +45,7 @@ class Entry:
     watchers: list[Callable[[], None]] = field(default_factory=list)
     ended: float | None = None
     pictures: dict[tuple[int, str, bool], bytes] = field(default_factory=dict)
+    finish: Callable[[Image.Image], Image.Image] | None = None
     submitted: Queued | None = None
 
     @property
@@ -76,7 +78,8 @@ class Entry:
             of = out.foundation_images if foundation else out.images
             if not of or not 0 <= i < len(of) or of[i] is None:
                 raise LookupError(f"job {self.id} has no such picture")
-            self.pictures[key] = encoded(of[i], form, None if foundation else out.png_info(i))
+            picture = of[i] if self.finish is None else self.finish(of[i])
+            self.pictures[key] = encoded(picture, form, None if foundation else out.png_info(i))
         return self.pictures[key]
 
 

@@ -21,6 +21,7 @@ from ...result import Result
 from .book import Entry, base64_of, failure
 from .decode import from_transparency, transparency
 from .errors import ERRORS, describe
+from .outside import as_masked
 from .own import event, preview_of
 from .service import Service
 
@@ -137,7 +138,9 @@ async def _draw(
     # a picture without a mask is its own, where it is transparent
     mask, read_mask = (image, transparency) if mask is None else (mask, from_transparency)
     options = _options(service, body)
-    entry = await service.start(body.prompt, options, client=client, image=image, mask=mask, read_mask=read_mask)
+    entry = await service.start(
+        body.prompt, options, client=client, image=image, mask=mask, read_mask=read_mask, covering=as_masked
+    )
     if body.stream:
         kind = "image_generation" if image is None else "image_edit"
         return StreamingResponse(_events(service, entry, body, kind), media_type="text/event-stream")

@@ -24,6 +24,29 @@ from .service import OVER_HTTP, Service
 _CLIENTS_NAME = Field(None, pattern=r"^[A-Za-z0-9_-]{1,64}$")
 
 
+class ControlGiven(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    net: str = Field(description="a name, of those that /v1/about lists")
+    image: str | Annotated[list[str], Field(min_length=1, max_length=64)] = Field(
+        description="the hint, or one per prompt or per image, base64"
+    )
+    weight: float = 1.0
+    start: float = Field(0.0, description="from which share of the steps it acts")
+    end: float = 1.0
+    guess_mode: bool = False
+
+
+class ImagePromptGiven(BaseModel):
+    model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
+
+    adapter: str = Field(description="a name, of those that /v1/about lists")
+    image: str | Annotated[list[str], Field(min_length=1, max_length=64)] = Field(
+        description="a picture, or several that are attended to together, base64"
+    )
+    scale: float = 1.0
+
+
 class _Common(BaseModel):
     model_config = ConfigDict(extra="forbid", allow_inf_nan=False)
 
@@ -33,6 +56,12 @@ class _Common(BaseModel):
     )
     mask: str | Annotated[list[str], Field(min_length=1, max_length=64)] | None = Field(
         None, description="what of them to redraw, white, and what to keep, black; base64"
+    )
+    control: Annotated[list[ControlGiven], Field(max_length=64)] = Field(
+        [], description="ControlNets; all act upon all"
+    )
+    image_prompts: Annotated[list[ImagePromptGiven], Field(max_length=64)] = Field(
+        [], description="pictures beside the text of every prompt"
     )
     mode: Literal["wait", "stream", "job"] = Field(
         "wait", description="answer with the pictures; with events as they come; or at once with a job's id (202)"
@@ -87,6 +116,8 @@ def make_router(service: Service) -> APIRouter:
             client=request.state.client,
             image=body.image,
             mask=body.mask,
+            control=[one.model_dump() for one in body.control],
+            image_prompts=[one.model_dump() for one in body.image_prompts],
             request_id=body.request_id,
             deadline=body.deadline,
         )
@@ -153,6 +184,8 @@ def make_router(service: Service) -> APIRouter:
             "factor": sd.limits.factor,
             "samplers": list(SAMPLERS),
             "schedules": list(SCHEDULES),
+            "controls": list(service.nets.controls),
+            "image_prompt_adapters": list(service.nets.adapters),
             "limits": {one.name: getattr(limits, one.name) for one in fields(limits)},
         }
 

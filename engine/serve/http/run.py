@@ -16,6 +16,7 @@ from ...engine import Engine
 from ...weights.checkpoint import ASSETS
 from ...weights.tiny_vae_file import read_tiny_decoder
 from ..fleet import Fleet
+from ..nets import Nets
 from ..scheduler import Scheduler
 from .app import make_app
 from .guard import LOG
@@ -78,7 +79,9 @@ def check_address(host: str, tokens: Sequence[str]) -> None:
         raise ValueError(f"{rule}, got {host!r} without")
 
 
-def serve(sd: Engine, options: ServeOptions, tokens: Sequence[str], fleet: Fleet | None = None) -> None:
+def serve(
+    sd: Engine, options: ServeOptions, tokens: Sequence[str], fleet: Fleet | None = None, nets: Nets | None = None
+) -> None:
     """Serve until SIGINT or SIGTERM: what runs is then finished, within its time, and nothing new is taken.
 
     Args:
@@ -86,6 +89,7 @@ def serve(sd: Engine, options: ServeOptions, tokens: Sequence[str], fleet: Fleet
         options: how.
         tokens: see ``make_app``.
         fleet: who draws.
+        nets: that clients may name; those that a fleet has.
 
     Raises:
         ValueError: it would be open to other machines without a token.
@@ -99,7 +103,7 @@ def serve(sd: Engine, options: ServeOptions, tokens: Sequence[str], fleet: Fleet
     with tempfile.TemporaryDirectory(prefix="twinstream-") as temporary:
         shelf = Shelf(sd, options.concepts or Path(temporary), ASSETS / "concepts")
         scheduler = Scheduler(sd, options.max_rows, options.max_waiting) if fleet is None else fleet
-        service = Service(scheduler, shelf, options.limits, decoder)
+        service = Service(scheduler, shelf, options.limits, decoder, nets)
         app = make_app(service, tokens, options.log_prompts, options.grace_seconds)
         config = uvicorn.Config(
             app,

@@ -7,7 +7,7 @@ import hashlib
 import json
 import time
 from collections import Counter, defaultdict
-from collections.abc import AsyncIterator, Mapping
+from collections.abc import AsyncIterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,17 +15,22 @@ from PIL import Image
 from starlette.requests import Request
 
 from ...methods.asked import take_asked
+from ...methods.asked_pictures import AskedControl, AskedImagePrompt, read_asked
 from ...models.tiny_vae import DecoderTiny
 from ...observe.progress import Callback
 from ...result import Result
 from ..fleet import Fleet
+from ..nets import Nets
 from ..queue import Queued
 from ..scheduler import Scheduler
 from .book import Book, Entry, failure
 from .decode import MaskReader, as_it_is, decoded
+from .hints import fit_hints
+from .outside import Covering, Finish, keep_outside
 from .previews import Previews
 from .shelf import Shelf
 
+_FOLD = 16  # as many pixels as are drawn may be sent, since pictures are made smaller
 _LOOK_EVERY = 0.25  # seconds after which a client that waits is asked whether it is still there
 # what JSON can say of the options; the others are tensors, functions, or of the server
 OVER_HTTP = (
@@ -43,6 +48,8 @@ class Limits:
         images, steps: of one request.
         pixels: of one picture.
         request_pixels: of all pictures of a request.
+        controls: ControlNets of one request.
+        prompt_pictures: of one request's image prompts.
         body_bytes: of a request's body.
         keep_seconds: for which results stay.
     """
@@ -51,6 +58,8 @@ class Limits:
     steps: int = 200
     pixels: int = 1024 * 1024
     request_pixels: int = 4 * 1024 * 1024
+    controls: int = 4
+    prompt_pictures: int = 8
     body_bytes: int = 20_000_000
     keep_seconds: float = 600.0
 
@@ -67,6 +76,7 @@ class Service:
         shelf: of concepts.
         limits: of clients.
         decoder: makes previews; the linear map of ``Previews`` where not given.
+        nets: that clients may name; none where not given.
 
     Attributes:
         requests: answers by path and status.
@@ -74,8 +84,14 @@ class Service:
     """
 
     def __init__(
-        self, scheduler: Scheduler | Fleet, shelf: Shelf, limits: Limits, decoder: DecoderTiny | None = None
+        self,
+        scheduler: Scheduler | Fleet,
+        shelf: Shelf,
+        limits: Limits,
+        decoder: DecoderTiny | None = None,
+        nets: Nets | None = None,
     ) -> None:
+        self.nets = Nets(scheduler.sd) if nets is None else nets
         self.scheduler, self.sd, self.shelf, self.limits = scheduler, scheduler.sd, shelf, limits
         self.book, self.previews = Book(limits.keep_seconds), Previews(scheduler.sd.vae, decoder)
         self.started = time.time()
@@ -96,6 +112,10 @@ class Service:
         image: str | list[str] | None = None,
         mask: str | list[str] | None = None,
         read_mask: MaskReader = as_it_is,
+        control: Sequence[Mapping[str, Any]] = (),
+        image_prompts: Sequence[Mapping[str, Any]] = (),
+        resize_modes: Sequence[str] = (),
+        covering: Covering | None = None,
         request_id: str | None = None,
         deadline: float | None = None,
     ) -> Entry:
@@ -108,14 +128,20 @@ class Service:
             image: base64 of the picture(s) to start from.
             mask: likewise, of what says what of them to redraw; ``read_mask`` makes masks of it, or None where it says
                 nothing.
+            control, image_prompts: what ``AskedControl`` and ``AskedImagePrompt`` have, networks by name, pictures in
+                base64.
+            resize_modes: how hints are brought to the size that is drawn, one per control, as ``fit_hints`` says; where
+                none are given, as ``generate`` does it.
+            covering: keeps the picture outside the mask to the bit, see ``keep_outside``; None leaves what is drawn.
             request_id, deadline: see ``Book.add`` and ``Scheduler.submit``.
 
         Raises:
             ValueError: something cannot be honoured.
             QueueFullError, DeadlineError: see ``Scheduler.submit``.
         """
-        decides = json.dumps([prompt, dict(given), image, mask], sort_keys=True)
-        digest = hashlib.sha256(decides.encode()).hexdigest()
+        nets = [dict(one) for one in control], [dict(one) for one in image_prompts]
+        decides = json.dumps([prompt, dict(given), image, mask, *nets], sort_keys=True)
+        digest, finish = hashlib.sha256(decides.encode()).hexdigest(), list[Finish]()
 
         def submit(on_step: Callback) -> Queued:
             values = dict(given)
@@ -128,13 +154,20 @@ class Service:
                 if given_ones:
                     values[name] = given_ones[0] if len(given_ones) == 1 else given_ones
             self._check_pasted(pictures, n_images, values)
+            values |= self._nets(*nets, n_images)
+            if resize_modes:
+                values["control"] = fit_hints(self.sd.limits, prompt, values, resize_modes)
+            if covering is not None and masks and values.get("mask_padding") is None:
+                finish.append(keep_outside(pictures[0], masks[0], values.get("mask_blur", 0.0), covering))
             custom = asked.make(self.shelf.load)
             watched = {"callback": on_step, "callback_latents": "clean"}
             return self.scheduler.submit(
                 prompt, client=client, deadline=deadline, customization=custom, **watched, **values
             )
 
-        return await asyncio.to_thread(self.book.add, request_id, digest, submit)
+        entry = await asyncio.to_thread(self.book.add, request_id, digest, submit)
+        entry.finish = finish[0] if finish else entry.finish
+        return entry
 
     async def result(self, request: Request, entry: Entry) -> Result:
         """Wait for a job; if its client goes away, it is cancelled.
@@ -189,6 +222,31 @@ class Service:
     def _decoded(self, name: str, given: str | list[str] | None) -> list[Image.Image]:
         return [decoded(name, one, self.limits.pixels) for one in ([given] if isinstance(given, str) else given or ())]
 
+    def _nets(self, control: Sequence[Any], image_prompts: Sequence[Any], n_images: int) -> dict[str, Any]:
+        """The options of ``generate`` with networks, which are asked for by name."""
+        limits = self.limits
+        controls = read_asked("control", AskedControl, control)
+        prompts = read_asked("image_prompts", AskedImagePrompt, image_prompts)
+        for name, count, most in (
+            ("networks of control", len(controls), limits.controls),
+            ("pictures of a control", max((_count(one.image) for one in controls), default=0), n_images),
+            ("pictures of image_prompts", sum(_count(one.image) for one in prompts), limits.prompt_pictures),
+        ):
+            if count > most:
+                raise ValueError(f"{name} must be at most {most} here, got {count}")
+        pixels, most = 0, _FOLD * limits.request_pixels
+
+        def read(name: str, text: str) -> Image.Image:
+            nonlocal pixels
+            picture = decoded(name, text, limits.pixels)
+            pixels += picture.width * picture.height
+            if pixels > most:
+                rule = f"pixels of all pictures of control and image_prompts must be at most {most} on this server"
+                raise ValueError(f"{rule}, got more with {name}")
+            return picture
+
+        return self.nets.make(controls, prompts, read)
+
     def _check_pasted(self, pictures: list[Image.Image], n_images: int, values: Mapping[str, Any]) -> None:
         """Pictures that are pasted into keep their size, which no other limit knows."""
         if values.get("mask_padding") is None:
@@ -214,6 +272,10 @@ class Service:
             if value > most:
                 raise ValueError(f"{name} must be at most {most} on this server, got {value}")
         return n_images
+
+
+def _count(pictures: str | Sequence[str]) -> int:
+    return 1 if isinstance(pictures, str) else len(pictures)
 
 
 def _number(value: Any, otherwise: int) -> int:
