@@ -347,7 +347,10 @@ def test_a1111_lists_and_options(webui: webuiapi.WebUIApi) -> None:
             {"override_settings": {"CLIP_stop_at_last_layers": 3}},
             r"clip_skip must leave one of the text encoder.*s 2 layers, got 2",
         ),
-        ({"alwayson_scripts": {"ControlNet": {"args": [{"enabled": True}]}}}, "alwayson_scripts must be empty"),
+        (
+            {"alwayson_scripts": {"ADetailer": {"args": [{"enabled": True}]}}},
+            "must be controlnet alone .*got ADetailer",
+        ),
     ],
 )
 def test_a1111_refuses_what_it_cannot_do(webui: webuiapi.WebUIApi, options: dict[str, Any], message: str) -> None:
