@@ -66,9 +66,9 @@ def group_norm_silu_ref(
 
 
 @jit
-def _group_channels(offset, pid_g, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
-    """Channels (GROUPS, BLOCK_G) of neighbouring groups; and ``offset`` beside them, which is a row's."""
-    return offset + (pid_g * GROUPS + tl.arange(0, GROUPS))[:, None] * GROUP + tl.arange(0, BLOCK_G)[None, :]
+def _channels(pid_g, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Channels (GROUPS, BLOCK_G) of neighbouring groups."""
+    return (pid_g * GROUPS + tl.arange(0, GROUPS))[:, None] * GROUP + tl.arange(0, BLOCK_G)[None, :]
 
 
 @jit
@@ -77,7 +77,7 @@ def _parameters(
     GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
 ):  # fmt: skip
     """Shift, weight and bias of some groups' channels, float32, and which of them there are."""
-    offs_c = _group_channels(0, pid_g, GROUP, GROUPS, BLOCK_G)
+    offs_c = _channels(pid_g, GROUP, GROUPS, BLOCK_G)
     there = (tl.arange(0, BLOCK_G) < GROUP)[None, :] & (offs_c < C)
     shifted = there & (offs_c < n_shifted)
     shift = tl.load(shift_ptr + pid_b * stride_shift + offs_c, mask=shifted, other=0.0).to(tl.float32)
@@ -86,11 +86,11 @@ def _parameters(
 
 
 @jit
-def _read(x_ptr, there_c, shift, first, end, C, BLOCK_N: tl.constexpr):
+def _read(x_ptr, offs_c, there_c, shift, first, end, C, BLOCK_N: tl.constexpr):
     """Positions from ``first`` to below ``end`` of channels (GROUPS, BLOCK_G), shifted, float32; and what is there."""
     offs_n = tl.arange(0, BLOCK_N)
     there = (offs_n < end - first)[:, None, None] & there_c[None, :, :]
-    at = x_ptr[None, :, :] + tl.cast(first, tl.int64) * C + offs_n[:, None, None] * C
+    at = x_ptr + tl.cast(first, tl.int64) * C + (offs_n[:, None, None] * C + offs_c[None, :, :])
     return tl.load(at, mask=there, other=0.0).to(tl.float32) + shift[None, :, :], there
 
 
@@ -109,12 +109,13 @@ def _moments(x, there, count):
 
 @jit
 def _moments_of_blocks(
-    x_ptr, there_c, shift, first, end, C, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr
+    x_ptr, offs_c, there_c, shift, first, end, C,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr,
 ):  # fmt: skip
     """The same of all positions from ``first`` to below ``end``."""
     mean, m2 = tl.zeros([GROUPS], tl.float32), tl.zeros([GROUPS], tl.float32)
     for n in range(first, end, BLOCK_N):
-        x, there = _read(x_ptr, there_c, shift, n, end, C, BLOCK_N)
+        x, there = _read(x_ptr, offs_c, there_c, shift, n, end, C, BLOCK_N)
         before, count = (n - first) * (1.0 * GROUP), tl.minimum(BLOCK_N, end - n) * (1.0 * GROUP)
         mean_here, m2_here = _moments(x, there, count)
         distance, share = mean_here - mean, count / (before + count)
@@ -124,12 +125,12 @@ def _moments_of_blocks(
 
 
 @jit
-def _write(y_ptr, x, there, mean, scale, bias, first, C, silu, BLOCK_N: tl.constexpr):
+def _write(y_ptr, offs_c, x, there, mean, scale, bias, first, C, silu, BLOCK_N: tl.constexpr):
     y = (x - mean[None, :, None]) * scale[None, :, :] + bias[None, :, :]
     if silu > 0.0:
         root = tl.rsqrt(1.0 + tl.exp2(y * -1.4426950408889634))  # its square is the sigmoid; a division takes longer
         y = y * root * root
-    at = y_ptr[None, :, :] + tl.cast(first, tl.int64) * C + tl.arange(0, BLOCK_N)[:, None, None] * C
+    at = y_ptr + tl.cast(first, tl.int64) * C + (tl.arange(0, BLOCK_N)[:, None, None] * C + offs_c[None, :, :])
     tl.store(at, y.to(y_ptr.dtype.element_ty), mask=there)
 
 
@@ -143,18 +144,20 @@ def _group_norm_kernel(
     shift, weight, bias, there_c = _parameters(
         shift_ptr, weight_ptr, bias_ptr, pid_g, pid_b, C, n_shifted, stride_shift, GROUP, 1, BLOCK_G
     )
-    offs = _group_channels(pid_b * N * C, pid_g, GROUP, 1, BLOCK_G)
+    offs_c = _channels(pid_g, GROUP, 1, BLOCK_G)
+    x_ptr += pid_b * N * C
+    y_ptr += pid_b * N * C
     if IS_HELD:
-        x, there = _read(x_ptr + offs, there_c, shift, 0, N, C, BLOCK_N)
+        x, there = _read(x_ptr, offs_c, there_c, shift, 0, N, C, BLOCK_N)
         mean, m2 = _moments(x, there, N * (1.0 * GROUP))
         scale = tl.rsqrt(m2 / (N * (1.0 * GROUP)) + eps)[:, None] * weight
-        _write(y_ptr + offs, x, there, mean, scale, bias, 0, C, silu, BLOCK_N)
+        _write(y_ptr, offs_c, x, there, mean, scale, bias, 0, C, silu, BLOCK_N)
     else:
-        mean, m2 = _moments_of_blocks(x_ptr + offs, there_c, shift, 0, N, C, GROUP, 1, BLOCK_N)
+        mean, m2 = _moments_of_blocks(x_ptr, offs_c, there_c, shift, 0, N, C, GROUP, 1, BLOCK_N)
         scale = tl.rsqrt(m2 / (N * (1.0 * GROUP)) + eps)[:, None] * weight
         for n in range(0, N, BLOCK_N):
-            x, there = _read(x_ptr + offs, there_c, shift, n, N, C, BLOCK_N)
-            _write(y_ptr + offs, x, there, mean, scale, bias, n, C, silu, BLOCK_N)
+            x, there = _read(x_ptr, offs_c, there_c, shift, n, N, C, BLOCK_N)
+            _write(y_ptr, offs_c, x, there, mean, scale, bias, n, C, silu, BLOCK_N)
 
 
 @jit
@@ -166,9 +169,10 @@ def _group_norm_stats_kernel(
     shift, _, _, there_c = _parameters(
         shift_ptr, x_ptr, x_ptr, pid_g, pid_b, C, n_shifted, stride_shift, GROUP, GROUPS, BLOCK_G
     )
-    offs = _group_channels(pid_b * N * C, pid_g, GROUP, GROUPS, BLOCK_G)
+    offs_c = _channels(pid_g, GROUP, GROUPS, BLOCK_G)
+    x_ptr += pid_b * N * C
     end = tl.minimum(pid_n * chunk + chunk, N)
-    mean, m2 = _moments_of_blocks(x_ptr + offs, there_c, shift, pid_n * chunk, end, C, GROUP, GROUPS, BLOCK_N)
+    mean, m2 = _moments_of_blocks(x_ptr, offs_c, there_c, shift, pid_n * chunk, end, C, GROUP, GROUPS, BLOCK_N)
     n_groups = C // GROUP
     offs_g = pid_g * GROUPS + tl.arange(0, GROUPS)
     at = (pid_b * n_groups + offs_g) * tl.num_programs(0) + pid_n
@@ -199,11 +203,13 @@ def _group_norm_apply_kernel(
         shift_ptr, weight_ptr, bias_ptr, pid_g, pid_b, C, n_shifted, stride_shift, GROUP, GROUPS, BLOCK_G
     )
     scale = tl.rsqrt(m2 / (N * (1.0 * GROUP)) + eps)[:, None] * weight
-    offs = _group_channels(pid_b * N * C, pid_g, GROUP, GROUPS, BLOCK_G)
+    offs_c = _channels(pid_g, GROUP, GROUPS, BLOCK_G)
+    x_ptr += pid_b * N * C
+    y_ptr += pid_b * N * C
     end = tl.minimum(pid_n * chunk + chunk, N)
     for n in range(pid_n * chunk, end, BLOCK_N):
-        x, there = _read(x_ptr + offs, there_c, shift, n, end, C, BLOCK_N)
-        _write(y_ptr + offs, x, there, mean, scale, bias, n, C, silu, BLOCK_N)
+        x, there = _read(x_ptr, offs_c, there_c, shift, n, end, C, BLOCK_N)
+        _write(y_ptr, offs_c, x, there, mean, scale, bias, n, C, silu, BLOCK_N)
 
 
 def group_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, launches: int = 0) -> Tensor:

@@ -34,13 +34,13 @@ def _inputs(shape: tuple[int, ...], dtype: torch.dtype, mean: float) -> tuple[to
 @pytest.mark.parametrize(
     ("shape", "groups"),
     # groups of no power of two, one position, more groups than a program's; several blocks of a program, and chunks
-    [((2, 70, 8, 8), 7), ((1, 42, 9, 15), 7), ((3, 24, 1, 1), 12), ((1, 120, 20, 20), 2), ((1, 8, 70, 70), 4)],
+    [((2, 70, 8, 8), 7), ((1, 42, 9, 15), 7), ((3, 12, 1, 1), 6), ((1, 120, 20, 20), 2), ((1, 8, 70, 70), 4)],
     ids=str,
 )
 def test_kernel(shape: tuple[int, ...], groups: int, launches: int, dtype: torch.dtype, mean: float) -> None:
     x, weight, bias = _inputs(shape, dtype, mean)
     wide = torch.randn(shape[0], shape[1] + 8, device=_DEVICE).to(dtype)  # a part of all resnets' shifts
-    for shift in (None, wide[:1, 8:].contiguous(), wide[:, 8:]):
+    for shift in (wide[:, 8:],) if mean else (None, wide[:1, 8:].contiguous(), wide[:, 8:]):
         actual = group_norm_silu_triton(x, shift, weight, bias, groups, 1e-5, launches)
         assert actual.is_contiguous(memory_format=torch.channels_last)
         eager = group_norm_silu_ref(x, shift, weight, bias, groups, 1e-5)
