@@ -64,7 +64,7 @@ class Usage:
 
 # Kernel, dtype, arguments (a type, or a number of a launch for SD v1.5 at 512x512), constants and options
 Configuration = tuple[Any, str, dict[str, str | int], dict[str, Any]]
-_POSITIONS, _WIDTH, _TEXT, _HEADS = 4096, 320, 77, 8
+_POSITIONS, _WIDTH, _TEXT, _HEADS, _GROUPS = 4096, 320, 77, 8, 32
 
 
 def configurations() -> Iterator[Configuration]:
@@ -82,46 +82,55 @@ def configurations() -> Iterator[Configuration]:
             "C": _WIDTH,
         }
         yield residual_add._residual_add_fwd_kernel, dtype, add, {"BLOCK": residual_add._BLOCK}
-        yield from _norm_configurations(dtype)
         yield from _product_configurations(dtype)
+    yield from _norm_configurations()
     yield from _statistics_configurations()
     yield from _attention_configurations()
     yield from _dbim_configurations("fp32", 160)  # which needs most of the shared memory that small cards have
 
 
-def _norm_configurations(dtype: str) -> Iterator[Configuration]:
-    data, tile = f"*{dtype}", {"BLOCK_N": group_norm_silu._BLOCK_N, "BLOCK_C": group_norm_silu._BLOCK_C}
-    stats = {"x_ptr": data, "mean_ptr": "*fp32", "m2_ptr": "*fp32", "N": _POSITIONS, "C": _WIDTH}
-    yield group_norm_silu._group_norm_stats_kernel, dtype, stats, tile
-    apply = {
-        "x_ptr": data,
-        "shift_ptr": data,
-        "centre_ptr": "*fp32",
-        "scale_ptr": "*fp32",
-        "bias_ptr": data,
-        "y_ptr": data,
-    }
-    apply |= {"N": _POSITIONS, "C": _WIDTH, "stride_shift": 16160}
-    for silu in (False, True):  # the one has a shift too
-        yield group_norm_silu._group_norm_apply_kernel, dtype, apply, {"HAS_SHIFT": silu, "SILU": silu} | tile
+# By positions, the channels of SD v1.5's UNet that its GroupNorms see there
+_NORMS = {4096: (320, 640, 960), 1024: (320, 640, 960, 1280, 1920), 256: (640, 1280, 1920, 2560), 64: (1280, 2560)}
+_PICTURE = {1 << 18: (128, 256), 1 << 16: (256, 512)}  # and of its VAE's
+
+
+def _norm_configurations() -> Iterator[Configuration]:
+    """Each that differs, in both ways where calibration times both; other dtypes than float16 at one size."""
+    known: list[dict[str, Any]] = []
+    for dtype in ("fp16", "bf16", "fp32"):
+        for positions, widths in (_NORMS | _PICTURE if dtype == "fp16" else {1024: _NORMS[1024]}).items():
+            for width in widths:
+                found = [_norm_alone(dtype, positions, width)] if positions <= 4096 else []
+                found += _norm_shared(dtype, positions, width) if positions >= 1024 else []
+                for kernel, *rest, constants in found:
+                    if (one := {"kernel": kernel, "dtype": dtype} | constants) not in known:
+                        known.append(one)
+                        yield kernel, *rest, constants
+
+
+def _norm_alone(dtype: str, positions: int, width: int) -> Configuration:
+    types = dict.fromkeys(("x_ptr", "shift_ptr", "weight_ptr", "bias_ptr", "y_ptr"), f"*{dtype}")
+    types |= _norm_sizes(positions, width) | {"eps": "fp32", "silu": "fp32"}
+    return group_norm_silu._group_norm_kernel, dtype, types, group_norm_silu.alone_tile(positions, width // _GROUPS)
+
+
+def _norm_shared(dtype: str, positions: int, width: int) -> Iterator[Configuration]:
+    tile = group_norm_silu.shared_tile(positions, width // _GROUPS, _GROUPS)
+    chunk, n_chunks = group_norm_silu.chunks_of(positions, tile["BLOCK_N"])
+    data, sizes = f"*{dtype}", _norm_sizes(positions, width) | {"chunk": chunk}
+    types = {"x_ptr": data, "shift_ptr": data, "mean_ptr": "*fp32", "m2_ptr": "*fp32"}
+    yield group_norm_silu._group_norm_stats_kernel, dtype, types | sizes, tile
+    types |= dict.fromkeys(("weight_ptr", "bias_ptr", "y_ptr"), data) | sizes | {"eps": "fp32", "silu": "fp32"}
+    yield group_norm_silu._group_norm_apply_kernel, dtype, types, tile | {"BLOCK_CHUNKS": max(64, n_chunks)}
+
+
+def _norm_sizes(positions: int, width: int) -> dict[str, str | int]:
+    return {"N": positions, "C": width, "n_shifted": width, "stride_shift": 16160}
 
 
 def _statistics_configurations() -> Iterator[Configuration]:
     """All in float32, but for what they load."""
     dtype, data = "fp16", "*fp16"
-    combine = {"mean_ptr": "*fp32", "m2_ptr": "*fp32", "shift_ptr": data, "weight_ptr": data, "centre_ptr": "*fp32"}
-    combine |= {
-        "scale_ptr": "*fp32",
-        "N": _POSITIONS,
-        "C": _WIDTH,
-        "n_chunks": 64,
-        "stride_shift": 16160,
-        "eps": "fp32",
-    }
-    for group in (4, 10, 20, 60, 80):  # channels a group in SD v1.5's UNet and VAE, one per power of two above
-        tile = {"BLOCK_N": group_norm_silu._BLOCK_N, **group_norm_silu.group_tile(group)}
-        constants = {"HAS_SHIFT": True, **tile}
-        yield group_norm_silu._group_norm_combine_kernel, dtype, combine, constants
     rows = {"x_ptr": data, "stats_ptr": "*fp32", "M": 2 * _POSITIONS, "K": _WIDTH, "eps": "fp32"}
     for width in (320, 640, 1280):
         constants = {"BLOCK_M": layer_norm_linear._BLOCK_ROWS, "BLOCK_K": triton.next_power_of_2(width)}
@@ -146,12 +155,7 @@ def _attention_configurations() -> Iterator[Configuration]:
     sizes = {"N": _POSITIONS, "S": _TEXT, "C": _WIDTH, "T": 2}
     for dtype, kind in _DTYPES.items():
         data = f"*{dtype}"
-        types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), data)
-        types |= {"N": _POSITIONS, "S": _POSITIONS, "C": _WIDTH}
-        types |= dict.fromkeys(("stride_q", "stride_k", "stride_v"), 3 * _WIDTH) | {"scale": "fp32"}
-        for head_dim in (16, 40, 80, 160):
-            constants = attention.tile(head_dim, kind)
-            yield attention._attention_fwd_kernel, dtype, types, constants
+        yield from _self_attention_configurations(dtype, kind)
         inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | {"tokens_ptr": "*i64"}
         for head_dim in (16, 40, 80, 160):
             constants = cross_attention.tile(*_queries_and_keys(dtype, head_dim), 1)
@@ -170,6 +174,29 @@ def _attention_configurations() -> Iterator[Configuration]:
             "PRECISION": layer_norm_linear.precision(kind),
         }
         yield residual_apply._residual_apply_fwd_kernel, dtype, types, constants
+
+
+def _self_attention_configurations(dtype: str, kind: torch.dtype) -> Iterator[Configuration]:
+    """Two rows at the sizes of SD v1.5 at 512x512, then at one with keys to spare; split where programs are few."""
+    for N in (4096, 1024, 256, 64, 5400, 1350, 350, 96):
+        head_dim = 40 if N >= 4096 else 80 if N >= 1024 else 160
+        q = torch.empty(2, N, _HEADS * head_dim, dtype=kind, device="meta")
+        for is_split in (False, True) if head_dim == 160 else (False,):
+            constants, parts, part = attention.launch_of(q, q, _HEADS, is_split)
+            data, into, C = f"*{dtype}", "*fp32" if parts > 1 else f"*{dtype}", q.shape[2]
+            types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | dict.fromkeys(
+                ("out_ptr", "max_ptr", "sum_ptr"), into
+            )
+            types |= {"N": N, "S": N, "C": C} | dict.fromkeys(("stride_q", "stride_k", "stride_v"), 3 * C)
+            yield attention._attention_fwd_kernel, dtype, types | {"scale": "fp32", "part": part}, constants
+            if parts > 1 and N in (256, 64):
+                types = dict.fromkeys(("part_ptr", "max_ptr", "sum_ptr"), "*fp32") | {"out_ptr": data, "N": N, "C": C}
+                sizes = {"D": head_dim, "BLOCK_D": 256, "BLOCK_N": attention._COMBINED, "PARTS": parts}
+                yield attention._attention_combine_kernel, dtype, types, sizes
+    constants, *_ = attention.launch_of(*[torch.empty(2, 256, 128, dtype=kind, device="meta")] * 2, _HEADS, False)
+    sizes = {"N": 256, "S": 256, "C": 128, "stride_q": 384, "stride_k": 384, "stride_v": 384}
+    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "max_ptr", "sum_ptr"), f"*{dtype}")
+    yield attention._attention_fwd_kernel, dtype, types | sizes | {"scale": "fp32", "part": 256}, constants
 
 
 def _queries_and_keys(dtype: str, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:

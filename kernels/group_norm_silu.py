@@ -3,11 +3,16 @@
 The shift ``s`` is one number a channel, or one a row and channel: a convolution's bias, and the time embedding's. It
 moves a channel's mean and nothing else, so that adding it costs no pass over memory.
 
-The kernels read channels-last memory, where a group is a few neighbouring channels at every position. One program a
-group would leave most of a GPU idle, so statistics are taken in three launches: per channel over chunks of positions
-(mean and sum of squared deviations, both exact within the chunk), combined over chunks and channels by the parallel
-variance formula (Chan, Golub and LeVeque 1979) into a centre and a scale per row and channel, and applied. The centre
-is subtracted before scaling: folding it into an offset would cancel large means inexactly.
+The kernels read channels-last memory, where a group is a few neighbouring channels at every position. There are two
+ways, and calibration times both. In one launch, a program has a group of a row to itself: it holds what fits into its
+registers, and reads longer pictures again, from a cache. In two, programs share a group's positions: the first launch
+leaves a mean and a sum of squared deviations for each chunk of positions and group, and every program of the second
+combines those of its groups, which are few, before it applies them. That fills a card when groups are long, and needs
+neither a counter nor a wait between programs.
+
+Means and deviations are exact within a block, and blocks are combined by the parallel variance formula (Chan, Golub and
+LeVeque 1979), in a fixed order. The mean is subtracted before scaling: folding it into an offset would cancel large
+means inexactly.
 """
 
 # pyright: reportArgumentType=false
@@ -26,15 +31,19 @@ from .jit import cdiv, jit, next_power_of_2
 if TYPE_CHECKING:
     import triton.language as tl
 
-_BLOCK_N, _BLOCK_C = 64, 64
-_COMBINED = 1024  # statistics combined at a time: many chunks of few channels; more of them spill
+_POSITIONS = 1024  # of a block, at most: sums of more would be long, and less exact
+_HELD = 1 << 14  # values that a program which has a group to itself has in registers at a time, padding included
+_SHARED = 1 << 13  # the same of one that shares groups; smaller, so that a processor has room for several
+_NEIGHBOURS = 128  # channels of neighbouring groups that a program takes, where groups are shared: whole sectors
+_CHUNKS, _MOST_CHUNKS = 64, 256  # of positions: every program of the second launch reads the statistics of all
+_SHARED_FROM = 2048  # positions, from which on two launches serve if nothing was measured
 
 torch.library.define(
-    "twinstream::group_norm", "(Tensor x, Tensor weight, Tensor bias, int groups, float eps) -> Tensor"
+    "twinstream::group_norm", "(Tensor x, Tensor weight, Tensor bias, int groups, float eps, int launches=0) -> Tensor"
 )
 torch.library.define(
     "twinstream::group_norm_silu",
-    "(Tensor x, Tensor? shift, Tensor weight, Tensor bias, int groups, float eps) -> Tensor",
+    "(Tensor x, Tensor? shift, Tensor weight, Tensor bias, int groups, float eps, int launches=0) -> Tensor",
 )
 
 
@@ -57,101 +66,196 @@ def group_norm_silu_ref(
 
 
 @jit
-def _group_norm_stats_kernel(x_ptr, mean_ptr, m2_ptr, N, C, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr):
-    pid_n, pid_b = tl.program_id(0), tl.program_id(2).to(tl.int64)
-    offs_n = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_n, mask_c = offs_n < N, offs_c < C
-    mask = mask_n[:, None] & mask_c[None, :]
-    x = tl.load(x_ptr + (pid_b * N + offs_n)[:, None] * C + offs_c[None, :], mask=mask, other=0.0).to(tl.float32)
-    count = tl.minimum(BLOCK_N, N - pid_n * BLOCK_N)
-    mean = tl.sum(x, axis=0) / count
-    deviation = tl.where(mask, x - mean[None, :], 0.0)
-    at = (pid_b * tl.num_programs(0) + pid_n) * C + offs_c
-    tl.store(mean_ptr + at, mean, mask=mask_c)
-    tl.store(m2_ptr + at, tl.sum(deviation * deviation, axis=0), mask=mask_c)
+def _channels(pid_g, GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr):
+    """Channels (GROUPS, BLOCK_G) of neighbouring groups."""
+    return (pid_g * GROUPS + tl.arange(0, GROUPS))[:, None] * GROUP + tl.arange(0, BLOCK_G)[None, :]
 
 
 @jit
-def _group_norm_combine_kernel(
-    mean_ptr, m2_ptr, shift_ptr, weight_ptr, centre_ptr, scale_ptr, N, C, n_chunks, stride_shift, eps,
-    HAS_SHIFT: tl.constexpr, GROUP: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_G: tl.constexpr,
-    BLOCK_CHUNKS: tl.constexpr,
+def _parameters(
+    shift_ptr, weight_ptr, bias_ptr, pid_g, pid_b, C, n_shifted, stride_shift,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr,
+):  # fmt: skip
+    """Shift, weight and bias of some groups' channels, float32, and which of them there are."""
+    offs_c = _channels(pid_g, GROUP, GROUPS, BLOCK_G)
+    there = (tl.arange(0, BLOCK_G) < GROUP)[None, :] & (offs_c < C)
+    shifted = there & (offs_c < n_shifted)
+    shift = tl.load(shift_ptr + pid_b * stride_shift + offs_c, mask=shifted, other=0.0).to(tl.float32)
+    weight = tl.load(weight_ptr + offs_c, mask=there, other=0.0).to(tl.float32)
+    return shift, weight, tl.load(bias_ptr + offs_c, mask=there, other=0.0).to(tl.float32), there
+
+
+@jit
+def _read(x_ptr, offs_c, there_c, shift, first, end, C, BLOCK_N: tl.constexpr):
+    """Positions from ``first`` to below ``end`` of channels (GROUPS, BLOCK_G), shifted, float32; and what is there."""
+    offs_n = tl.arange(0, BLOCK_N)
+    there = (offs_n < end - first)[:, None, None] & there_c[None, :, :]
+    at = x_ptr + tl.cast(first, tl.int64) * C + (offs_n[:, None, None] * C + offs_c[None, :, :])
+    return tl.load(at, mask=there, other=0.0).to(tl.float32) + shift[None, :, :], there
+
+
+@jit
+def _moments(x, there, count):
+    """Mean and sum of squared deviations (GROUPS,) of ``count`` values a group.
+
+    A sum of values around a large mean is inexact; one of the deviations from what it gives is not.
+    """
+    near = tl.sum(tl.sum(tl.where(there, x, 0.0), axis=0), axis=1) / count
+    deviation = tl.where(there, x - near[None, :, None], 0.0)
+    rest = tl.sum(tl.sum(deviation, axis=0), axis=1) / count
+    m2 = tl.sum(tl.sum(deviation * deviation, axis=0), axis=1) - count * rest * rest
+    return near + rest, tl.maximum(m2, 0.0)
+
+
+@jit
+def _moments_of_blocks(
+    x_ptr, offs_c, there_c, shift, first, end, C,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    """The same of all positions from ``first`` to below ``end``."""
+    mean, m2 = tl.zeros([GROUPS], tl.float32), tl.zeros([GROUPS], tl.float32)
+    for n in range(first, end, BLOCK_N):
+        x, there = _read(x_ptr, offs_c, there_c, shift, n, end, C, BLOCK_N)
+        before, count = (n - first) * (1.0 * GROUP), tl.minimum(BLOCK_N, end - n) * (1.0 * GROUP)
+        mean_here, m2_here = _moments(x, there, count)
+        distance, share = mean_here - mean, count / (before + count)
+        mean += distance * share
+        m2 += m2_here + distance * distance * (before * share)
+    return mean, m2
+
+
+@jit
+def _write(y_ptr, offs_c, x, there, mean, scale, bias, first, C, silu, BLOCK_N: tl.constexpr):
+    y = (x - mean[None, :, None]) * scale[None, :, :] + bias[None, :, :]
+    if silu > 0.0:
+        root = tl.rsqrt(1.0 + tl.exp2(y * -1.4426950408889634))  # its square is the sigmoid; a division takes longer
+        y = y * root * root
+    at = y_ptr + tl.cast(first, tl.int64) * C + (tl.arange(0, BLOCK_N)[:, None, None] * C + offs_c[None, :, :])
+    tl.store(at, y.to(y_ptr.dtype.element_ty), mask=there)
+
+
+@jit
+def _group_norm_kernel(
+    x_ptr, shift_ptr, weight_ptr, bias_ptr, y_ptr, N, C, n_shifted, stride_shift, eps, silu,
+    GROUP: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    IS_HELD: tl.constexpr,
 ):  # fmt: skip
     pid_g, pid_b = tl.program_id(0), tl.program_id(1).to(tl.int64)
-    in_group = tl.arange(0, BLOCK_G)
-    offs_c = pid_g * GROUP + in_group
-    mask_c = in_group < GROUP
-    shift = tl.zeros([BLOCK_G], tl.float32)
-    if HAS_SHIFT:
-        shift += tl.load(shift_ptr + pid_b * stride_shift + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    near = tl.load(mean_ptr + pid_b * n_chunks * C + pid_g * GROUP)  # what sums are taken beside, should it be large
-    total = tl.zeros([BLOCK_CHUNKS, BLOCK_G], tl.float32)
-    for first in range(0, n_chunks, BLOCK_CHUNKS):
-        chunk = first + tl.arange(0, BLOCK_CHUNKS)
-        mask = (chunk < n_chunks)[:, None] & mask_c[None, :]
-        count = tl.minimum(BLOCK_N, N - chunk * BLOCK_N).to(tl.float32)
-        at = (pid_b * n_chunks + chunk)[:, None] * C + offs_c[None, :]
-        distance = tl.load(mean_ptr + at, mask=mask, other=0.0) + shift[None, :] - near
-        total += tl.where(mask, distance, 0.0) * count[:, None]
-    mean = near + tl.sum(tl.sum(total, axis=1), axis=0) / (N * GROUP)
-    spread = tl.zeros([BLOCK_CHUNKS, BLOCK_G], tl.float32)
-    for first in range(0, n_chunks, BLOCK_CHUNKS):
-        chunk = first + tl.arange(0, BLOCK_CHUNKS)
-        mask = (chunk < n_chunks)[:, None] & mask_c[None, :]
-        count = tl.minimum(BLOCK_N, N - chunk * BLOCK_N).to(tl.float32)
-        at = (pid_b * n_chunks + chunk)[:, None] * C + offs_c[None, :]
-        distance = tl.where(mask, tl.load(mean_ptr + at, mask=mask, other=0.0) + shift[None, :] - mean, 0.0)
-        spread += tl.load(m2_ptr + at, mask=mask, other=0.0) + count[:, None] * distance * distance
-    variance = tl.sum(tl.sum(spread, axis=1), axis=0) / (N * GROUP)
-    scale = tl.rsqrt(variance + eps) * tl.load(weight_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    tl.store(scale_ptr + pid_b * C + offs_c, scale, mask=mask_c)
-    tl.store(centre_ptr + pid_b * C + offs_c, tl.zeros([BLOCK_G], tl.float32) + mean, mask=mask_c)
+    shift, weight, bias, there_c = _parameters(
+        shift_ptr, weight_ptr, bias_ptr, pid_g, pid_b, C, n_shifted, stride_shift, GROUP, 1, BLOCK_G
+    )
+    offs_c = _channels(pid_g, GROUP, 1, BLOCK_G)
+    x_ptr += pid_b * N * C
+    y_ptr += pid_b * N * C
+    if IS_HELD:
+        x, there = _read(x_ptr, offs_c, there_c, shift, 0, N, C, BLOCK_N)
+        mean, m2 = _moments(x, there, N * (1.0 * GROUP))
+        scale = tl.rsqrt(m2 / (N * (1.0 * GROUP)) + eps)[:, None] * weight
+        _write(y_ptr, offs_c, x, there, mean, scale, bias, 0, C, silu, BLOCK_N)
+    else:
+        mean, m2 = _moments_of_blocks(x_ptr, offs_c, there_c, shift, 0, N, C, GROUP, 1, BLOCK_N)
+        scale = tl.rsqrt(m2 / (N * (1.0 * GROUP)) + eps)[:, None] * weight
+        for n in range(0, N, BLOCK_N):
+            x, there = _read(x_ptr, offs_c, there_c, shift, n, N, C, BLOCK_N)
+            _write(y_ptr, offs_c, x, there, mean, scale, bias, n, C, silu, BLOCK_N)
+
+
+@jit
+def _group_norm_stats_kernel(
+    x_ptr, shift_ptr, mean_ptr, m2_ptr, N, C, n_shifted, stride_shift, chunk,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+):  # fmt: skip
+    pid_n, pid_g, pid_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    shift, _, _, there_c = _parameters(
+        shift_ptr, x_ptr, x_ptr, pid_g, pid_b, C, n_shifted, stride_shift, GROUP, GROUPS, BLOCK_G
+    )
+    offs_c = _channels(pid_g, GROUP, GROUPS, BLOCK_G)
+    x_ptr += pid_b * N * C
+    end = tl.minimum(pid_n * chunk + chunk, N)
+    mean, m2 = _moments_of_blocks(x_ptr, offs_c, there_c, shift, pid_n * chunk, end, C, GROUP, GROUPS, BLOCK_N)
+    n_groups = C // GROUP
+    offs_g = pid_g * GROUPS + tl.arange(0, GROUPS)
+    at = (pid_b * n_groups + offs_g) * tl.num_programs(0) + pid_n
+    tl.store(mean_ptr + at, mean, mask=offs_g < n_groups)
+    tl.store(m2_ptr + at, m2, mask=offs_g < n_groups)
 
 
 @jit
 def _group_norm_apply_kernel(
-    x_ptr, shift_ptr, centre_ptr, scale_ptr, bias_ptr, y_ptr, N, C, stride_shift,
-    HAS_SHIFT: tl.constexpr, SILU: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_C: tl.constexpr,
+    x_ptr, shift_ptr, mean_ptr, m2_ptr, weight_ptr, bias_ptr, y_ptr, N, C, n_shifted, stride_shift, chunk, eps, silu,
+    GROUP: tl.constexpr, GROUPS: tl.constexpr, BLOCK_G: tl.constexpr, BLOCK_N: tl.constexpr,
+    BLOCK_CHUNKS: tl.constexpr,
 ):  # fmt: skip
-    pid_b = tl.program_id(2).to(tl.int64)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    offs_c = tl.program_id(1) * BLOCK_C + tl.arange(0, BLOCK_C)
-    mask_c = offs_c < C
-    mask = (offs_n < N)[:, None] & mask_c[None, :]
-    at = (pid_b * N + offs_n)[:, None] * C + offs_c[None, :]
-    scale = tl.load(scale_ptr + pid_b * C + offs_c, mask=mask_c, other=0.0)
-    centre = tl.load(centre_ptr + pid_b * C + offs_c, mask=mask_c, other=0.0)
-    bias = tl.load(bias_ptr + offs_c, mask=mask_c, other=0.0).to(tl.float32)
-    x = tl.load(x_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    if HAS_SHIFT:
-        x += tl.load(shift_ptr + pid_b * stride_shift + offs_c, mask=mask_c, other=0.0).to(tl.float32)[None, :]
-    y = (x - centre[None, :]) * scale[None, :] + bias[None, :]
-    if SILU:
-        y = y * tl.sigmoid(y)
-    tl.store(y_ptr + at, y.to(y_ptr.dtype.element_ty), mask=mask)
+    pid_n, pid_g, pid_b = tl.program_id(0), tl.program_id(1), tl.program_id(2).to(tl.int64)
+    n_groups, n_chunks = C // GROUP, tl.num_programs(0)
+    offs_g, chunks = pid_g * GROUPS + tl.arange(0, GROUPS), tl.arange(0, BLOCK_CHUNKS)
+    at = ((pid_b * n_groups + offs_g) * n_chunks)[:, None] + chunks[None, :]
+    mask_g = offs_g < n_groups
+    mask = mask_g[:, None] & (chunks < n_chunks)[None, :]
+    counts = tl.where(mask, (tl.minimum(chunk, N - chunks * chunk) * (1.0 * GROUP))[None, :], 0.0)
+    first = tl.load(mean_ptr + (pid_b * n_groups + offs_g) * n_chunks, mask=mask_g, other=0.0)
+    means = tl.load(mean_ptr + at, mask=mask, other=0.0)
+    distances = (means - first[:, None]) * counts  # beside one of them, should they be large
+    mean = first + tl.sum(distances, axis=1) / (N * (1.0 * GROUP))
+    distances = means - mean[:, None]
+    m2 = tl.sum(tl.load(m2_ptr + at, mask=mask, other=0.0) + distances * distances * counts, axis=1)
+    shift, weight, bias, there_c = _parameters(
+        shift_ptr, weight_ptr, bias_ptr, pid_g, pid_b, C, n_shifted, stride_shift, GROUP, GROUPS, BLOCK_G
+    )
+    scale = tl.rsqrt(m2 / (N * (1.0 * GROUP)) + eps)[:, None] * weight
+    offs_c = _channels(pid_g, GROUP, GROUPS, BLOCK_G)
+    x_ptr += pid_b * N * C
+    y_ptr += pid_b * N * C
+    end = tl.minimum(pid_n * chunk + chunk, N)
+    for n in range(pid_n * chunk, end, BLOCK_N):
+        x, there = _read(x_ptr, offs_c, there_c, shift, n, end, C, BLOCK_N)
+        _write(y_ptr, offs_c, x, there, mean, scale, bias, n, C, silu, BLOCK_N)
 
 
-def group_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
-    """Launch the kernels on a channels-last ``x`` (B, C, h, w); the result is channels-last."""
-    return _launch(x, None, weight, bias, groups, eps, silu=False)
+def group_norm_triton(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, launches: int = 0) -> Tensor:
+    """Launch the kernels on a channels-last ``x`` (B, C, h, w); the result is channels-last.
+
+    In one launch or two; with 0, in as many as suit the size where nothing was measured.
+    """
+    return _launch(x, None, weight, bias, groups, eps, launches, silu=False)
 
 
 def group_norm_silu_triton(
-    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, launches: int = 0
 ) -> Tensor:
     """The same with shift and SiLU."""
-    return _launch(x, shift, weight, bias, groups, eps, silu=True)
+    return _launch(x, shift, weight, bias, groups, eps, launches, silu=True)
 
 
-def group_tile(group: int) -> dict[str, int]:
-    """Constants by which statistics of groups of so many channels are combined."""
+def launches_for(positions: int) -> int:
+    """How many launches serve where nothing was measured."""
+    return 1 if positions < _SHARED_FROM else 2
+
+
+def alone_tile(N: int, group: int) -> dict[str, int | bool]:
+    """Constants of the one launch, for so many positions, and channels a group."""
     block_g = next_power_of_2(group)
-    return {"GROUP": group, "BLOCK_G": block_g, "BLOCK_CHUNKS": max(1, _COMBINED // block_g)}
+    block_n = max(1, min(_POSITIONS, _HELD // block_g, next_power_of_2(N)))
+    n_warps = max(1, min(16, block_n * block_g >> 9))
+    return {"GROUP": group, "BLOCK_G": block_g, "BLOCK_N": block_n, "IS_HELD": block_n >= N, "num_warps": n_warps}
+
+
+def shared_tile(N: int, group: int, groups: int) -> dict[str, int]:
+    """Constants of both of two launches; a program takes one block of positions or more of them."""
+    block_g = next_power_of_2(group)
+    together = max(1, min(_NEIGHBOURS // block_g, next_power_of_2(groups)))
+    block_n = max(1, min(_POSITIONS, _SHARED // (together * block_g), next_power_of_2(N)))
+    return {"GROUP": group, "GROUPS": together, "BLOCK_G": block_g, "BLOCK_N": block_n, "num_warps": 8}
+
+
+def chunks_of(N: int, block_n: int) -> tuple[int, int]:
+    """The positions of a chunk, and how many chunks there are."""
+    chunk = block_n * cdiv(cdiv(N, block_n), _MOST_CHUNKS)
+    return chunk, cdiv(N, chunk)
 
 
 def _launch(
-    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, *, silu: bool
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, launches: int, *, silu: bool
 ) -> Tensor:
     B, C, height, width = x.shape
     if not x.is_contiguous(memory_format=torch.channels_last) or C % groups:
@@ -160,33 +264,60 @@ def _launch(
     if shift is not None and (shift.shape not in {(1, C), (B, C)} or shift.stride(1) != 1):
         rule = f"shift must be (1 or {B}, {C}), its channels side by side"
         raise ValueError(f"{rule}, got {tuple(shift.shape)}, strides {shift.stride()}")
+    if launches not in (0, 1, 2):
+        raise ValueError(f"launches must be 1 or 2, or 0 for what suits the size, got {launches}")
     y = torch.empty_like(x, memory_format=torch.channels_last)
     if not y.numel():
         return y
     N, group = height * width, C // groups
-    n_chunks = cdiv(N, _BLOCK_N)
-    mean, m2 = x.new_empty(2, B, n_chunks, C, dtype=torch.float32).unbind(0)
-    centre, scale = x.new_empty(2, B, C, dtype=torch.float32).unbind(0)
-    stride_shift = shift.stride(0) if shift is not None and len(shift) > 1 else 0
-    tiles = (n_chunks, cdiv(C, _BLOCK_C), B)
-    shift_here, has_shift = x if shift is None else shift, shift is not None
+    shift_here, n_shifted = (x, 0) if shift is None else (shift, C)
+    shifted = n_shifted, shift_here.stride(0) if len(shift_here) > 1 and n_shifted else 0
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        _group_norm_stats_kernel[tiles](x, mean, m2, N, C, BLOCK_N=_BLOCK_N, BLOCK_C=_BLOCK_C)
-        _group_norm_combine_kernel[(groups, B)](
-            mean, m2, shift_here, weight, centre, scale, N, C, n_chunks, stride_shift, eps, HAS_SHIFT=has_shift,
-            BLOCK_N=_BLOCK_N, **group_tile(group),
-        )  # fmt: skip
-        _group_norm_apply_kernel[tiles](
-            x, shift_here, centre, scale, bias, y, N, C, stride_shift,
-            HAS_SHIFT=has_shift, SILU=silu, BLOCK_N=_BLOCK_N, BLOCK_C=_BLOCK_C,
+        if (launches or launches_for(N)) == 1:
+            tile = alone_tile(N, group)
+            _group_norm_kernel[(groups, B)](
+                x, shift_here, weight, bias, y, N, C, *shifted, eps, float(silu), **tile
+            )  # fmt: skip
+            return y
+        tile = shared_tile(N, group, groups)
+        chunk, n_chunks = chunks_of(N, tile["BLOCK_N"])
+        mean, m2 = x.new_empty(2, B, groups, n_chunks, dtype=torch.float32).unbind(0)
+        grid = (n_chunks, cdiv(groups, tile["GROUPS"]), B)
+        _group_norm_stats_kernel[grid](x, shift_here, mean, m2, N, C, *shifted, chunk, **tile)
+        _group_norm_apply_kernel[grid](
+            x, shift_here, mean, m2, weight, bias, y, N, C, *shifted, chunk, eps, float(silu),
+            BLOCK_CHUNKS=max(_CHUNKS, next_power_of_2(n_chunks)), **tile,
         )  # fmt: skip
     return y
 
 
+def _group_norm_on_cpu(
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    launches: int = 0,  # noqa: ARG001
+) -> Tensor:
+    return group_norm_ref(x, weight, bias, groups, eps)
+
+
+def _group_norm_silu_on_cpu(
+    x: Tensor,
+    shift: Tensor | None,
+    weight: Tensor,
+    bias: Tensor,
+    groups: int,
+    eps: float,
+    launches: int = 0,  # noqa: ARG001
+) -> Tensor:
+    return group_norm_silu_ref(x, shift, weight, bias, groups, eps)
+
+
 torch.library.impl("twinstream::group_norm", "cuda", group_norm_triton)
-torch.library.impl("twinstream::group_norm", "cpu", group_norm_ref)
+torch.library.impl("twinstream::group_norm", "cpu", _group_norm_on_cpu)
 torch.library.impl("twinstream::group_norm_silu", "cuda", group_norm_silu_triton)
-torch.library.impl("twinstream::group_norm_silu", "cpu", group_norm_silu_ref)
+torch.library.impl("twinstream::group_norm_silu", "cpu", _group_norm_silu_on_cpu)
 
 
 @torch.library.register_fake("twinstream::group_norm")
@@ -199,11 +330,13 @@ def _group_norm_silu_fake(x: Tensor, *_arguments: Tensor | float | None) -> Tens
     return torch.empty_like(x)
 
 
-def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+def group_norm(x: Tensor, weight: Tensor, bias: Tensor, groups: int, eps: float, launches: int = 0) -> Tensor:
     """GroupNorm through the dispatcher: Triton on CUDA tensors, the reference on CPU tensors. No gradient."""
-    return torch.ops.twinstream.group_norm(x, weight, bias, groups, eps)
+    return torch.ops.twinstream.group_norm(x, weight, bias, groups, eps, launches)
 
 
-def group_norm_silu(x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float) -> Tensor:
+def group_norm_silu(
+    x: Tensor, shift: Tensor | None, weight: Tensor, bias: Tensor, groups: int, eps: float, launches: int = 0
+) -> Tensor:
     """The same with shift and SiLU."""
-    return torch.ops.twinstream.group_norm_silu(x, shift, weight, bias, groups, eps)
+    return torch.ops.twinstream.group_norm_silu(x, shift, weight, bias, groups, eps, launches)

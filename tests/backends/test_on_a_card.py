@@ -15,6 +15,7 @@ from engine.backends import graphs as graphs_module
 from engine.backends.cudnn import convolve
 from engine.backends.graphs import CudaCapture, Graphs, beside, empty_cache
 from engine.backends.ops import TORCH, TRITON
+from engine.kernels.attention import attention
 from engine.train.denoising import autocast
 from tests.fake_cuda import Card, FakeCuda
 from tests.pipelines import random_concept, relative_error
@@ -26,8 +27,8 @@ _KERNELS = {  # by op, what it launches
     "cross_attention": ["_cross_attention_fwd_kernel"],
     "residual_apply": ["_residual_apply_fwd_kernel"],
     "dbim": ["_dbim_space_kernel", "_dbim_mix_kernel"],
-    "group_norm": ["_group_norm_stats_kernel", "_group_norm_combine_kernel", "_group_norm_apply_kernel"],
-    "group_norm_silu": ["_group_norm_stats_kernel", "_group_norm_combine_kernel", "_group_norm_apply_kernel"],
+    "group_norm": ["_group_norm_kernel"],
+    "group_norm_silu": ["_group_norm_kernel"],
     "residual_add": ["_residual_add_fwd_kernel"],
     "layer_norm_linear": ["_layer_norm_stats_kernel", "_layer_norm_linear_fwd_kernel"],
     "layer_norm_geglu": ["_layer_norm_stats_kernel", "_layer_norm_geglu_fwd_kernel"],
@@ -84,6 +85,20 @@ def test_every_operation_launches_its_kernels_on_its_tensors_device(card: Card, 
         torch.testing.assert_close(ours.cpu(), theirs, rtol=1e-4, atol=1e-5)
     assert [launch.kernel for launch in card.launches] == _KERNELS[op]
     assert {launch.device for launch in card.launches} == {1}
+
+
+@pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])
+def test_what_takes_two_launches_launches_both(card: Card, device: str) -> None:
+    x = torch.randn(1, 8, 48, 48).contiguous(memory_format=torch.channels_last)
+    arguments = [x, torch.ones(8), torch.zeros(8), 2, 1e-5]
+    result = TRITON.group_norm(*_on(device, arguments))
+    torch.testing.assert_close(result.cpu(), TORCH.group_norm(*arguments), rtol=1e-4, atol=1e-5)
+    q, k, v = torch.randn(1, 40, 32), torch.randn(1, 150, 32), torch.randn(1, 150, 32)
+    result = attention(*_on(device, [q, k, v]), 2, is_split=True)
+    torch.testing.assert_close(result.cpu(), TORCH.attention(q, k, v, 2), rtol=1e-4, atol=1e-5)
+    norms, attentions = ["_group_norm_stats_kernel", "_group_norm_apply_kernel"], ["_attention_fwd_kernel"]
+    assert [one.kernel for one in card.launches] == [*norms, *attentions, "_attention_combine_kernel"]
+    assert {one.device for one in card.launches} == {int(device[-1])}
 
 
 @pytest.mark.parametrize("op", ["group_norm_silu", "layer_norm_linear", "cross_attention"])

@@ -22,8 +22,8 @@ def test_ahead_of_time_compilation() -> None:
     products = {"_cross_attention_fwd_kernel", "_cross_attention_pair_fwd_kernel", "_residual_apply_fwd_kernel"}
     products |= {"_dbim_space_kernel", "_dbim_mix_kernel", "_attention_fwd_kernel", "_layer_norm_linear_fwd_kernel"}
     products |= {"_layer_norm_geglu_fwd_kernel", "_linear_add_fwd_kernel"}
-    others = {"_geglu_fwd_kernel", "_group_norm_stats_kernel", "_group_norm_combine_kernel", "_group_norm_apply_kernel"}
-    others |= {"_layer_norm_stats_kernel", "_residual_add_fwd_kernel"}
+    others = {"_geglu_fwd_kernel", "_group_norm_kernel", "_group_norm_stats_kernel", "_group_norm_apply_kernel"}
+    others |= {"_layer_norm_stats_kernel", "_residual_add_fwd_kernel", "_attention_combine_kernel"}
     assert kernels == products | others
     assert {usage["dtype"] for usage in usages if usage["kernel"] in products} == {"fp16", "bf16", "fp32"}
     for kernel in kernels:

@@ -3,14 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
 import torch
 from torch import Tensor
 
-from ...kernels.attention import MAX_HEAD_DIM
+from ...kernels.attention import MAX_HEAD_DIM, attention, launch_of
 from ...kernels.cross_attention import cross_attention_ref
+from ...kernels.group_norm_silu import group_norm, group_norm_silu, launches_for
 from ...kernels.layer_norm_geglu import layer_norm_geglu_unfused
 from ..ops import TORCH, TRITON
 from .calls import Call
@@ -20,11 +22,14 @@ OURS = "triton"
 
 
 def contenders(call: Call) -> dict[str, Callable[..., Any]]:
-    """By name: "torch", which serves where nothing better is known; "triton", ours; and what else there is."""
+    """By name: "torch", which serves where nothing better is known; "triton", ours; and what else there is.
+
+    Names that begin with "triton" are other launches of ours.
+    """
     found = {TORCHS_OWN: getattr(TORCH, call.op)}
     if call.op != "attention" or call.arguments[0].shape[-1] // call.arguments[3] <= MAX_HEAD_DIM:
         found[OURS] = getattr(TRITON, call.op)
-    return found | {name: implementation(call.op, name) for name in _OTHERS.get(call.op, ()) if _is_there(name)}
+    return found | {name: implementation(call.op, name) for name in _OTHERS.get(call.op, ()) if _is_there(name, call)}
 
 
 def implementation(op: str, name: str) -> Callable[..., Any]:
@@ -38,7 +43,13 @@ def implementation(op: str, name: str) -> Callable[..., Any]:
     return _OTHERS[op][name]
 
 
-def _is_there(name: str) -> bool:
+def _is_there(name: str, call: Call) -> bool:
+    if name == _SPLIT:
+        q, k, _, n_heads = call.arguments
+        return q.shape[-1] // n_heads <= MAX_HEAD_DIM and launch_of(q, k, n_heads, is_split=True)[1] > 1
+    if name in _LAUNCHES:
+        positions = call.arguments[0].shape[2] * call.arguments[0].shape[3]
+        return _LAUNCHES[name] != launches_for(positions) and positions in _EITHER
     return name != "xformers" or find_spec("xformers") is not None
 
 
@@ -69,9 +80,16 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
     return memory_efficient_attention(*(x.unflatten(-1, (n_heads, -1)) for x in (q, k, v))).flatten(2)
 
 
+_SPLIT = "triton, keys split"
+_LAUNCHES = {"triton, one launch": 1, "triton, two launches": 2}
+_EITHER = range(1024, 4097)  # positions of a GroupNorm, of which nobody can tell by reasoning which way is faster
+
 # SDPA's implementations are called by name: choosing one by torch's context manager would choose it for all threads
 _OTHERS: dict[str, dict[str, Callable[..., Any]]] = {
-    "attention": {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient, "xformers": _xformers},
+    "attention": {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient, "xformers": _xformers}
+    | {_SPLIT: partial(attention, is_split=True)},
+    "group_norm": {name: partial(group_norm, launches=n) for name, n in _LAUNCHES.items()},
+    "group_norm_silu": {name: partial(group_norm_silu, launches=n) for name, n in _LAUNCHES.items()},
     "cross_attention": {"explicit": cross_attention_ref},
     "layer_norm_geglu": {"unfused": layer_norm_geglu_unfused},
 }

@@ -127,6 +127,31 @@ def test_the_fastest_serves_and_ties_are_torchs(card: Card, seconds: dict, serve
 
 
 @pytest.mark.parametrize(
+    ("alone", "shared", "serves"),
+    [(1e-5, 1e-8, "triton, two launches"), (1e-8, 1e-5, "triton"), (1e-3, 1e-3, "torch")],
+)
+def test_both_ways_of_a_group_norm_are_timed(card: Card, alone: float, shared: float, serves: str) -> None:
+    card.seconds |= {"_group_norm_kernel": alone}
+    card.seconds |= {f"_group_norm_{name}_kernel": shared for name in ("stats", "apply")}
+    x = torch.empty(2, 4, 32, 32, device="meta").to(memory_format=torch.channels_last)
+    call = Call("group_norm_silu", (x, None, *torch.empty(2, 4, device="meta"), 2, 1e-5))
+    choice = _choice(_calibrate(call), call)
+    assert choice.serves == serves
+    assert choice.wrong == {}
+    if serves == "torch":
+        assert "ours takes 1000.0 us" in choice.why
+
+
+def test_a_split_that_is_wrong_does_not_keep_what_is_not_split_from_serving(card: Card) -> None:
+    card.seconds |= {_OURS: 1e-6, _SDPA: 1e-4}
+    card.faults["_attention_combine_kernel"] = "wrong"
+    call = _attention(96)
+    choice = _choice(_calibrate(call), call)
+    assert choice.serves == "triton"
+    assert "its error is" in choice.wrong["triton, keys split"]
+
+
+@pytest.mark.parametrize(
     ("fault", "reason"),
     [
         ("wrong", "its error is"),
@@ -260,8 +285,7 @@ def test_auto_serves_by_the_table_through_graphs(
     small_folder: Path, card: Card, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr("engine.calibrating.calls_of", _few_calls)
-    card.seconds |= {"_group_norm_stats_kernel": 1e-8, "_group_norm_combine_kernel": 1e-8, _OURS: 1.0}
-    card.seconds |= {"_group_norm_apply_kernel": 1e-8}
+    card.seconds |= {"_group_norm_kernel": 1e-8, _OURS: 1.0}
     arguments = {"prompt": "a cat", "steps": 2, "seed": 0, "output": "latent", "progress": False}
     exact = engine.load(small_folder, device="cpu", backend="torch").generate(**arguments).latents
     sd = engine.load(small_folder, device="cuda:0", dtype="float32")
@@ -269,7 +293,7 @@ def test_auto_serves_by_the_table_through_graphs(
     out = sd.generate(**arguments)
     assert relative_error(out.latents.cpu(), exact) < 1e-4
     kernels = card.kernels()
-    assert kernels["_group_norm_apply_kernel"] > 0
+    assert kernels["_group_norm_kernel"] > 0
     assert kernels[_OURS] == 0
     assert card.replays > 0
     assert out.settings["backend"] == "calibrated"

@@ -10,6 +10,7 @@ import torch
 
 import engine
 from engine.backends.calibration.calls import ROW_ARGUMENTS, Call, key_of, words_of
+from engine.backends.calibration.contenders import contenders
 from engine.backends.calibration.proof import choose
 from engine.backends.calibration.serve import Served
 from engine.backends.calibration.table import Choice, Table
@@ -54,6 +55,24 @@ def test_a_call_is_the_same_after_a_journey() -> None:
     assert again.arguments[0].stride() == (61440, 960, 1)
 
 
+def test_other_launches_of_ours_are_contenders_where_they_may_be_faster() -> None:
+    def ours(op: str, *arguments: Any) -> set[str]:
+        return {name for name in contenders(Call(op, arguments)) if name.startswith("triton")}
+
+    def norm(channels: int, side: int) -> set[str]:
+        x = torch.empty(2, channels, side, side, device="meta").to(memory_format=torch.channels_last)
+        return ours("group_norm", x, *torch.empty(2, channels, device="meta"), 32, 1e-5)
+
+    assert [norm(1280, 8), norm(320, 128)] == [{"triton"}, {"triton"}]
+    assert norm(640, 32) == {"triton", "triton, two launches"}
+    assert norm(320, 64) == {"triton", "triton, one launch"}
+    split = {"triton", "triton, keys split"}
+    assert [ours("attention", *_attention(2, N, N, C)) for N, C in ((256, 1280), (64, 1280))] == [split, split]
+    assert ours("attention", *_attention(2, 4096, 4096, 320)) == {"triton"}
+    assert ours("attention", *_attention(2, 16, 16, 320)) == {"triton"}  # one block of keys
+    assert ours("attention", *_attention(1, 64, 64, 8 * 512)) == set()
+
+
 def _served(choices: dict[int, str], monkeypatch: pytest.MonkeyPatch) -> Served:
     arguments = tuple(_attention(2, 4, 4, 16, torch.float32))
     table = Table({}, Path("nowhere"), {key_of("attention", arguments): {n: Choice(s, "") for n, s in choices.items()}})
@@ -96,6 +115,11 @@ def test_margins() -> None:
     assert chosen(torch=100.0, triton=98.0) == "torch"
     assert chosen(torch=100.0, flash=80.0, triton=78.0) == "flash"
     assert chosen(torch=100.0, flash=80.0, triton=77.0) == "triton"
+    both = {"torch": 100.0, "triton": 90.0, "triton, two launches": 80.0}
+    assert chosen(**both) == "triton, two launches"
+    assert chosen(**both, flash=82.0) == "flash"
+    why = choose({name: [1e-6 * value] * 9 for name, value in (both | {"torch": 79.0}).items()}, {})[1]
+    assert why == "79.0 us; ours takes 80.0 us"
     noisy = [50.0] * 7 + [120.0] * 2
     assert choose({"torch": [100.0] * 9, "triton": noisy}, {})[0] == "torch"
 
