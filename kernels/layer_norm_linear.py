@@ -94,7 +94,7 @@ def fold(weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, bias: Tensor | 
     shift = (weight.float() * norm_bias.float()).sum(dim=1)
     if bias is not None:
         shift += bias.float()
-    return folded, torch.cat([folded.sum(dim=1, dtype=torch.float32), shift, (1 / scale)[None].float()])
+    return folded, torch.cat([folded.sum(dim=1, dtype=torch.float32), shift, scale.reciprocal().view(1)])
 
 
 class FoldedWeights:

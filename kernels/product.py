@@ -250,20 +250,27 @@ def multiply(product: Product, y: Tensor, tma: bool = True, tile: Tile | None = 
         operands = [one for one in (x, product.weight, product.z, product.z_weight) if one is not None]
         described = tma and all(one.shape[1] * one.itemsize % 16 == one.data_ptr() % 16 == 0 for one in operands)
         tile = best_tile(M, N, K, K_z, x.dtype, product.gated, card_of(x.device), described)
-    splits, block_z = tile.splits, tile.block_z(K, K_z)
-    target = y if splits == 1 else x.new_empty(splits, M, len(product.weight), dtype=torch.float32)
-    after = (product.bias, product.residual, product.stats, product.sums)
+    target = y if tile.splits == 1 else x.new_empty(tile.splits, M, len(product.weight), dtype=torch.float32)
+    arguments, constants = launch_arguments(product, target, tile)
     with torch.cuda.device_of(x):  # Triton launches on the current device
-        _product_kernel[(tile.n_programs(M, N, product.gated),)](
-            *_operands(product, tile, block_z), *(after if splits == 1 else (None,) * 4), target,
-            M, N, K, K_z, splits, GATED=product.gated, PARTIAL=splits > 1, BLOCK_Z=block_z, GROUP=_GROUP,
-            EVEN_K=tile.is_even(K, K_z), PRECISION=precision(x.dtype), **tile.constants(),
-        )  # fmt: skip
-        if splits > 1:
+        _product_kernel[(tile.n_programs(M, N, product.gated),)](*arguments, **constants)
+        if tile.splits > 1:
             _product_sum_kernel[(cdiv(N, _BLOCK_SUM_N), cdiv(M, _BLOCK_SUM_M))](
-                target, *after, y, M, N, splits, GATED=product.gated, BLOCK_M=_BLOCK_SUM_M, BLOCK_N=_BLOCK_SUM_N
-            )
+                target, product.bias, product.residual, product.stats, product.sums, y, M, N, tile.splits,
+                GATED=product.gated, BLOCK_M=_BLOCK_SUM_M, BLOCK_N=_BLOCK_SUM_N,
+            )  # fmt: skip
     return y
+
+
+def launch_arguments(product: Product, target: Tensor, tile: Tile) -> tuple[list[Any], dict[str, Any]]:
+    """What ``_product_kernel`` is launched with: its arguments in order, its constants and options by name."""
+    M, N, K, K_z = product.sizes
+    block_z, is_whole = tile.block_z(K, K_z), tile.splits == 1
+    after = (product.bias, product.residual, product.stats, product.sums) if is_whole else (None,) * 4
+    arguments = [*_operands(product, tile, block_z), *after, target, M, N, K, K_z, tile.splits]
+    constants = {"GATED": product.gated, "PARTIAL": not is_whole, "BLOCK_Z": block_z, "GROUP": _GROUP}
+    constants |= {"EVEN_K": tile.is_even(K, K_z), "PRECISION": precision(product.x.dtype)}
+    return arguments, constants | tile.constants()
 
 
 def _operands(product: Product, tile: Tile, block_z: int) -> list[Any]:

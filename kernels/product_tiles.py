@@ -45,6 +45,7 @@ _RATES = {
     90: Rates(2048, 40, 227 << 10),
 }
 _UNKNOWN = Rates(512, 32, 99 << 10)
+CARDS = {80: Card(80, 108), 86: Card(86, 84), 89: Card(89, 128), 90: Card(90, 132)}  # for where there is none
 _TMA = 90  # the generation that its form is compiled and looked at for
 _TILE_CYCLES = 1500  # that a tile takes beside its products
 _LAUNCH_CYCLES = 3000  # of another kernel, that sums
@@ -171,7 +172,7 @@ def best_tile(
     """
     if dtype not in HALVES:
         return _FLOAT32_GATED if gated else _FLOAT32
-    tma = described and card.generation == _TMA
+    tma = described and has_descriptors(card)
     found = [
         replace(tile, splits=n, programs=card.processors)
         for tile in tiles_of(card.generation, gated, tma, K, K_z)
@@ -181,6 +182,11 @@ def best_tile(
     return min(found, key=lambda tile: (tile.cycles(M, N, K, K_z, gated, card), tile.splits))
 
 
+def has_descriptors(card: Card) -> bool:
+    """Whether tiles may come through descriptors."""
+    return card.generation == _TMA
+
+
 @cache
 def _card_of(index: int) -> Card:
     found = torch.cuda.get_device_properties(index)
@@ -188,7 +194,7 @@ def _card_of(index: int) -> Card:
 
 
 def card_of(device: torch.device) -> Card:
-    """A device's card; where there is none, one for the interpreter."""
+    """A device's card; where there is none, as in the interpreter, a Hopper one."""
     if device.type != "cuda":
-        return Card(90, 132)
+        return CARDS[_TMA]
     return _card_of(torch.cuda.current_device() if device.index is None else device.index)

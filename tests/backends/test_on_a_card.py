@@ -29,9 +29,9 @@ _KERNELS = {  # by op, what it launches
     "group_norm": ["_group_norm_stats_kernel", "_group_norm_combine_kernel", "_group_norm_apply_kernel"],
     "group_norm_silu": ["_group_norm_stats_kernel", "_group_norm_combine_kernel", "_group_norm_apply_kernel"],
     "residual_add": ["_residual_add_fwd_kernel"],
-    "layer_norm_linear": ["_layer_norm_stats_kernel", "_layer_norm_linear_fwd_kernel"],
-    "layer_norm_geglu": ["_layer_norm_stats_kernel", "_layer_norm_geglu_fwd_kernel"],
-    "linear_add": ["_linear_add_fwd_kernel"],
+    "layer_norm_linear": ["_product_kernel"],
+    "layer_norm_geglu": ["_product_kernel"],
+    "linear_add": ["_product_kernel"],
 }
 
 
@@ -93,6 +93,33 @@ def test_launchers_give_kernels_what_they_need(card: Card, op: str) -> None:
     result, exact = getattr(TRITON, op)(*_on("cuda:0", arguments)), getattr(TORCH, op)(*arguments)
     first = result if isinstance(result, Tensor) else result[0]
     torch.testing.assert_close(first.cpu(), exact if isinstance(exact, Tensor) else exact[0], rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("tma", [True, False])
+@pytest.mark.parametrize("op", ["layer_norm_linear", "layer_norm_geglu", "linear_add"])
+def test_products_in_half_precision(card: Card, op: str, tma: bool) -> None:
+    """Through descriptors, which carry their tensors to the card, and with what is folded of a weight once."""
+    card.interpreted = True
+    arguments = [x.half() if isinstance(x, Tensor) else x for x in _arguments(op)]
+    exact = getattr(TORCH, op)(*(x.double() if isinstance(x, Tensor) else x for x in arguments))
+    given = _on("cuda:1", arguments)
+    results = [getattr(TRITON, op)(*given, tma=tma).cpu() for _ in range(2)]
+    assert torch.equal(*results)
+    torch.testing.assert_close(results[0].double(), exact, rtol=2e-3, atol=2e-3)
+    once = ["_product_kernel"] if op == "linear_add" else ["_layer_norm_stats_kernel", "_product_kernel"]
+    assert [launch.kernel for launch in card.launches] == 2 * once
+    assert {launch.device for launch in card.launches} == {1}
+
+
+def test_a_weight_is_not_folded_while_a_graph_is_captured(card: Card) -> None:
+    """Its memory would be the graph's, and its making work of every replay."""
+    given = [x.half().to("cuda:0") if isinstance(x, Tensor) else x for x in _arguments("layer_norm_linear")]
+    graphs = Graphs(lambda: CudaCapture(torch.device("cuda:0")))
+    x = graphs("product", lambda given, x: TRITON.layer_norm_linear(x, *given[1:]), tuple(given), given[0])
+    operations = [name for name, _ in card.operations]
+    assert operations.count("aten.frexp") == 1
+    assert graphs.failed is None
+    torch.testing.assert_close(x.cpu(), TORCH.layer_norm_linear(*_on("cpu", given)), rtol=2e-3, atol=2e-3)
 
 
 @pytest.mark.parametrize("device", ["cuda:0", "cuda:1"])

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from functools import partial
 from importlib.util import find_spec
 from typing import Any
 
@@ -11,20 +12,27 @@ from torch import Tensor
 
 from ...kernels.attention import MAX_HEAD_DIM
 from ...kernels.cross_attention import cross_attention_ref
-from ...kernels.layer_norm_geglu import layer_norm_geglu_unfused
+from ...kernels.layer_norm_geglu import layer_norm_geglu, layer_norm_geglu_unfused
+from ...kernels.layer_norm_linear import layer_norm_linear
+from ...kernels.linear_add import linear_add
+from ...kernels.product_tiles import HALVES, card_of, has_descriptors
 from ..ops import TORCH, TRITON
 from .calls import Call
 
 TORCHS_OWN = "torch"
 OURS = "triton"
+POINTERS = "pointers"  # ours too: products whose tiles come as on older cards, where Hopper has another way
 
 
 def contenders(call: Call) -> dict[str, Callable[..., Any]]:
-    """By name: "torch", which serves where nothing better is known; "triton", ours; and what else there is."""
+    """By name: "torch", which serves where nothing better is known; "triton", ours; and what else there is.
+
+    For the current device.
+    """
     found = {TORCHS_OWN: getattr(TORCH, call.op)}
     if call.op != "attention" or call.arguments[0].shape[-1] // call.arguments[3] <= MAX_HEAD_DIM:
         found[OURS] = getattr(TRITON, call.op)
-    return found | {name: implementation(call.op, name) for name in _OTHERS.get(call.op, ()) if _is_there(name)}
+    return found | {name: implementation(call.op, name) for name in _OTHERS.get(call.op, ()) if _is_there(name, call)}
 
 
 def implementation(op: str, name: str) -> Callable[..., Any]:
@@ -38,7 +46,9 @@ def implementation(op: str, name: str) -> Callable[..., Any]:
     return _OTHERS[op][name]
 
 
-def _is_there(name: str) -> bool:
+def _is_there(name: str, call: Call) -> bool:
+    if name == POINTERS:
+        return call.arguments[0].dtype in HALVES and has_descriptors(card_of(torch.device("cuda")))
     return name != "xformers" or find_spec("xformers") is not None
 
 
@@ -73,5 +83,7 @@ def _xformers(q: Tensor, k: Tensor, v: Tensor, n_heads: int) -> Tensor:
 _OTHERS: dict[str, dict[str, Callable[..., Any]]] = {
     "attention": {"cudnn": _cudnn, "flash": _flash, "efficient": _efficient, "xformers": _xformers},
     "cross_attention": {"explicit": cross_attention_ref},
-    "layer_norm_geglu": {"unfused": layer_norm_geglu_unfused},
+    "layer_norm_linear": {POINTERS: partial(layer_norm_linear, tma=False)},
+    "layer_norm_geglu": {POINTERS: partial(layer_norm_geglu, tma=False), "unfused": layer_norm_geglu_unfused},
+    "linear_add": {POINTERS: partial(linear_add, tma=False)},
 }
