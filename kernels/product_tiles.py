@@ -135,9 +135,10 @@ class Tile:
         return found
 
 
-# Columns of 160 = 128 + 32 and 80 = 64 + 16, and powers of two; a GEGLU's values and gates
-_PLAIN = ((128, 128, 32), (128, 128, 0), (128, 64, 0), (64, 128, 32), (64, 128, 0), (64, 64, 16), (64, 64, 0))
-_GATED = ((128, 128, 128), (128, 64, 64), (64, 64, 64), (64, 32, 32))
+# Columns of 160 = 128 + 32 and 80 = 64 + 16, or one power of two; a GEGLU's values and gates. Few, since each is
+# compiled for everything that may follow it, and calibration has little time.
+_PLAIN = ((128, 128, 32), (128, 128, 0), (64, 128, 32), (64, 64, 16))
+_GATED = ((128, 128, 128), (128, 64, 64), (64, 64, 64))
 _STEPS = ((64, 4), (64, 3), (32, 4), (32, 3))  # of the inner axis, and how many are under way: the first that fits
 _RESERVED = 2048  # bytes, for barriers and what the driver takes
 _FLOAT32, _FLOAT32_GATED = Tile(64, 64, 0, 32, 4, 2), Tile(64, 32, 32, 32, 4, 2)

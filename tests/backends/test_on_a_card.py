@@ -138,6 +138,17 @@ def test_backend_triton_replays_our_kernels(small_folder: Any, card: Card, devic
     assert {launch.device for launch in card.launches} == {int(device[-1])}
 
 
+def test_weights_are_folded_once_and_before_any_capture(small_folder: Any, card: Card) -> None:
+    sd = engine.load(small_folder, device="cuda:0", dtype="float16", backend="triton")
+    for seed in (0, 1):
+        _draw(sd, seed=seed)
+    assert sd.graphs is not None
+    assert sd.graphs.failed is None
+    norms = sum(isinstance(module, torch.nn.LayerNorm) for module in sd.unet.modules())
+    assert [name for name, _ in card.operations].count("aten.frexp") == norms > 0
+    assert {"_layer_norm_stats_kernel", "_product_kernel"} <= {one.kernel for one in card.launches if one.replayed}
+
+
 def test_the_device_is_the_one_that_was_current_at_load(small_folder: Any, card: Card) -> None:
     with torch.cuda.device(1):
         sd = engine.load(small_folder, device="cuda", dtype="float32", backend="triton")
