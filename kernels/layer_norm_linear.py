@@ -90,7 +90,7 @@ def fold(weight: Tensor, norm_weight: Tensor, norm_bias: Tensor, bias: Tensor | 
         column of the result, and what W' was not scaled by.
     """
     exact = weight.float() * norm_weight.float()
-    scale = torch.exp2(-torch.frexp(exact.abs().amax().clamp_min(1e-30)).exponent)
+    scale = torch.exp2(-exact.abs().amax().clamp_min(1e-30).log2().floor())
     folded = (exact * scale).to(weight.dtype)
     shift = (weight.float() * norm_bias.float()).sum(dim=1)
     if bias is not None:
