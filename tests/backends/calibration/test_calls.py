@@ -96,6 +96,8 @@ def test_margins() -> None:
     assert chosen(torch=100.0, triton=98.0) == "torch"
     assert chosen(torch=100.0, flash=80.0, triton=78.0) == "flash"
     assert chosen(torch=100.0, flash=80.0, triton=77.0) == "triton"
+    assert chosen(torch=100.0, unfused=80.0, triton=90.0, pointers=79.0) == "unfused"
+    assert chosen(torch=100.0, unfused=80.0, triton=60.0, pointers=50.0) == "pointers"
     noisy = [50.0] * 7 + [120.0] * 2
     assert choose({"torch": [100.0] * 9, "triton": noisy}, {})[0] == "torch"
 
