@@ -32,20 +32,21 @@ from engine.kernels import (
     dbim,
     geglu,
     group_norm_silu,
-    layer_norm_geglu,
     layer_norm_linear,
-    linear_add,
+    product,
     residual_add,
     residual_apply,
 )
 from engine.kernels.jit import load_kernels
+from engine.kernels.product_tiles import CARDS, best_tile, has_descriptors
 
 load_kernels()
 
 ARCHITECTURES = (80, 86, 89, 90)
 MAX_SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # of a block, by NVIDIA's documentation
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
+_HALVES = ("fp16", "bf16")
 
 
 @dataclass(frozen=True, slots=True)
@@ -60,32 +61,36 @@ class Usage:
     shared_bytes: int
     spill_instructions: int
     matrix_instructions: int
+    group_instructions: int  # of these, those of whole warp groups, which Hopper's full rate takes
 
 
-# Kernel, dtype, arguments (a type, or a number of a launch for SD v1.5 at 512x512), constants and options
-Configuration = tuple[Any, str, dict[str, str | int], dict[str, Any]]
+# Kernel, dtype, arguments (a type, a number of a launch for SD v1.5 at 512x512, None), constants and options, and the
+# architectures that launch it so
+Configuration = tuple[Any, str, dict[str, str | int | None], dict[str, Any], tuple[int, ...]]
 _POSITIONS, _WIDTH, _TEXT, _HEADS, _GROUPS = 4096, 320, 77, 8, 32
 
 
 def configurations() -> Iterator[Configuration]:
     """Every launch the engine would make."""
-    for dtype in _DTYPES:
+    for dtype in _HALVES:
         data = f"*{dtype}"
         yield (
             geglu._geglu_fwd_kernel,
             dtype,
             {"x_ptr": data, "y_ptr": data, "n_cols": 4 * _WIDTH},
             {"BLOCK": geglu._BLOCK},
+            ARCHITECTURES,
         )
         add = dict.fromkeys(("x_ptr", "residual_ptr", "bias_ptr", "y_ptr"), data) | {
             "n_values": 2 * _POSITIONS * _WIDTH,
             "C": _WIDTH,
         }
-        yield residual_add._residual_add_fwd_kernel, dtype, add, {"BLOCK": residual_add._BLOCK}
+        yield residual_add._residual_add_fwd_kernel, dtype, add, {"BLOCK": residual_add._BLOCK}, ARCHITECTURES
         yield from _product_configurations(dtype)
     yield from _norm_configurations()
     yield from _statistics_configurations()
     yield from _attention_configurations()
+    yield from _product_configurations("fp32")
     yield from _dbim_configurations("fp32", 160)  # which needs most of the shared memory that small cards have
 
 
@@ -102,16 +107,17 @@ def _norm_configurations() -> Iterator[Configuration]:
             for width in widths:
                 found = [_norm_alone(dtype, positions, width)] if positions <= 4096 else []
                 found += _norm_shared(dtype, positions, width) if positions >= 1024 else []
-                for kernel, *rest, constants in found:
-                    if (one := {"kernel": kernel, "dtype": dtype} | constants) not in known:
+                for configuration in found:
+                    if (one := {"kernel": configuration[0], "dtype": dtype} | configuration[3]) not in known:
                         known.append(one)
-                        yield kernel, *rest, constants
+                        yield configuration
 
 
 def _norm_alone(dtype: str, positions: int, width: int) -> Configuration:
     types = dict.fromkeys(("x_ptr", "shift_ptr", "weight_ptr", "bias_ptr", "y_ptr"), f"*{dtype}")
     types |= _norm_sizes(positions, width) | {"eps": "fp32", "silu": "fp32"}
-    return group_norm_silu._group_norm_kernel, dtype, types, group_norm_silu.alone_tile(positions, width // _GROUPS)
+    tile = group_norm_silu.alone_tile(positions, width // _GROUPS)
+    return group_norm_silu._group_norm_kernel, dtype, types, tile, ARCHITECTURES
 
 
 def _norm_shared(dtype: str, positions: int, width: int) -> Iterator[Configuration]:
@@ -119,9 +125,10 @@ def _norm_shared(dtype: str, positions: int, width: int) -> Iterator[Configurati
     chunk, n_chunks = group_norm_silu.chunks_of(positions, tile["BLOCK_N"])
     data, sizes = f"*{dtype}", _norm_sizes(positions, width) | {"chunk": chunk}
     types = {"x_ptr": data, "shift_ptr": data, "mean_ptr": "*fp32", "m2_ptr": "*fp32"}
-    yield group_norm_silu._group_norm_stats_kernel, dtype, types | sizes, tile
+    yield group_norm_silu._group_norm_stats_kernel, dtype, types | sizes, tile, ARCHITECTURES
     types |= dict.fromkeys(("weight_ptr", "bias_ptr", "y_ptr"), data) | sizes | {"eps": "fp32", "silu": "fp32"}
-    yield group_norm_silu._group_norm_apply_kernel, dtype, types, tile | {"BLOCK_CHUNKS": max(64, n_chunks)}
+    apply = tile | {"BLOCK_CHUNKS": max(64, n_chunks)}
+    yield group_norm_silu._group_norm_apply_kernel, dtype, types, apply, ARCHITECTURES
 
 
 def _norm_sizes(positions: int, width: int) -> dict[str, str | int]:
@@ -134,36 +141,88 @@ def _statistics_configurations() -> Iterator[Configuration]:
     rows = {"x_ptr": data, "stats_ptr": "*fp32", "M": 2 * _POSITIONS, "K": _WIDTH, "eps": "fp32"}
     for width in (320, 640, 1280):
         constants = {"BLOCK_M": layer_norm_linear._BLOCK_ROWS, "BLOCK_K": triton.next_power_of_2(width)}
-        yield layer_norm_linear._layer_norm_stats_kernel, dtype, rows, constants
+        yield layer_norm_linear._layer_norm_stats_kernel, dtype, rows, constants, ARCHITECTURES
 
 
 def _product_configurations(dtype: str) -> Iterator[Configuration]:
-    data, sizes = f"*{dtype}", {"M": 2 * _POSITIONS, "N": _WIDTH, "K": _WIDTH}
-    precision = {"PRECISION": layer_norm_linear.precision(_DTYPES[dtype])}
-    norm = {"x_ptr": data, "stats_ptr": "*fp32", "norm_weight_ptr": data, "norm_bias_ptr": data, "weight_ptr": data}
-    types = norm | {"y_ptr": data} | sizes
-    yield layer_norm_linear._layer_norm_linear_fwd_kernel, dtype, types, layer_norm_linear._TILE | precision
-    types = norm | {"bias_ptr": data, "y_ptr": data} | sizes
-    yield layer_norm_geglu._layer_norm_geglu_fwd_kernel, dtype, types, layer_norm_geglu._TILE | precision
-    pointers = ("x_ptr", "weight_ptr", "z_ptr", "z_weight_ptr", "bias_ptr", "residual_ptr", "y_ptr")
-    types = dict.fromkeys(pointers, data) | sizes | {"K_z": 4 * _WIDTH}
-    yield linear_add._linear_add_fwd_kernel, dtype, types, linear_add._TILE | precision
+    """Of a guided step, by each card's tiles; on Hopper, the pointers' form that calibration knows, too."""
+    found = []
+    for generation, card in CARDS.items():
+        for described in (True, False) if has_descriptors(card) else (False,):
+            for one in _products(_DTYPES[dtype]):
+                tile = best_tile(*one.sizes, one.x.dtype, one.gated, card, described)
+                y = one.x.new_empty(*one.sizes[:2], dtype=torch.float32 if tile.splits > 1 else one.x.dtype)
+                given, constants = product.launch_arguments(one, y, tile)
+                arguments = dict(zip(product._product_kernel.arg_names, map(_type_of, given), strict=False))
+                configuration = (product._product_kernel, dtype, arguments, constants, (generation,))
+                if _specialised(configuration) not in map(_specialised, found):
+                    found.append(configuration)
+    yield from found
+    tile = {"BLOCK_M": product._BLOCK_SUM_M, "BLOCK_N": product._BLOCK_SUM_N}
+    for one in _products(_DTYPES[dtype]):
+        after = (one.bias, one.residual, one.stats, one.sums, one.x.new_empty(0))
+        arguments = {"partial_ptr": "*fp32"} | dict(zip(_AFTER, map(_type_of, after), strict=True))
+        sizes = {"M": one.sizes[0], "N": one.sizes[1], "n_splits": 4}
+        if len(one.x) == _SPLIT_ROWS:
+            yield product._product_sum_kernel, dtype, arguments | sizes, {"GATED": one.gated, **tile}, ARCHITECTURES
+
+
+_AFTER = ("bias_ptr", "residual_ptr", "stats_ptr", "sums_ptr", "y_ptr")
+_SPLIT_ROWS = 128
+
+
+def _products(dtype: torch.dtype) -> Iterator[product.Product]:
+    """Those of a guided step of SD v1.5, two rows: queries, keys and values; queries; both outputs; gated rows."""
+
+    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
+        return torch.empty(size, dtype=dtype, device="meta")
+
+    for positions, C in ((4096, 320), (1024, 640), (256, 1280), (64, 1280)):
+        M = 2 * positions
+        for rows in (3 * C, C, 8 * C):
+            weight = empty(rows, C)
+            folded = {"stats": empty(M, 2, dtype=torch.float32), "sums": empty(2 * rows + 1, dtype=torch.float32)}
+            after = folded if dtype != torch.float32 else {"bias": empty(rows)} if rows == 8 * C else {}
+            yield product.Product(empty(M, C), weight, gated=rows == 8 * C, **after)
+        after = {"bias": empty(C), "residual": empty(M, C)}
+        yield product.Product(empty(M, C), empty(C, C), **after)
+        yield product.Product(empty(M, 4 * C), empty(C, 4 * C), empty(M, C), empty(C, C), **after)
+
+
+_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+
+
+def _type_of(x: Any) -> str | int | None:
+    """An argument as a configuration has it."""
+    if isinstance(x, torch.Tensor):
+        return f"*{_NAMES[x.dtype]}"
+    if x is None or isinstance(x, int):
+        return x
+    return f"tensordesc<{_NAMES[x.base.dtype]}{list(x.block_shape)}>"
+
+
+def _specialised(configuration: Configuration) -> tuple[Any, ...]:
+    """The same for what Triton compiles alike."""
+    kernel, dtype, arguments, constants, architectures = configuration
+    numbers = ((1 if x == 1 else x % 16 == 0) if isinstance(x, int) else x for x in arguments.values())
+    return kernel.__name__, dtype, tuple(numbers), tuple(constants.items()), architectures
 
 
 def _attention_configurations() -> Iterator[Configuration]:
     """Head dims of SD v1.5 and of the embedded model, over 77 keys."""
     sizes = {"N": _POSITIONS, "S": _TEXT, "C": _WIDTH, "T": 2}
-    for dtype, kind in _DTYPES.items():
+    for dtype in _HALVES:
+        kind = _DTYPES[dtype]
         data = f"*{dtype}"
         yield from _self_attention_configurations(dtype, kind)
         inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | {"tokens_ptr": "*i64"}
         for head_dim in (16, 40, 80, 160):
             constants = cross_attention.tile(*_queries_and_keys(dtype, head_dim), 1)
             types = inputs | {"out_ptr": data, "columns_ptr": data} | sizes | {"n_heads": _HEADS, "scale": "fp32"}
-            yield cross_attention._cross_attention_fwd_kernel, dtype, types, constants
+            yield cross_attention._cross_attention_fwd_kernel, dtype, types, constants, ARCHITECTURES
             types = inputs | {"residuals_ptr": data, "out_ptr": data, "out_residual_ptr": data} | sizes
             types |= {"scale": "fp32"}
-            yield cross_attention_pair._cross_attention_pair_fwd_kernel, dtype, types, constants
+            yield cross_attention_pair._cross_attention_pair_fwd_kernel, dtype, types, constants, ARCHITECTURES
             yield from _dbim_configurations(dtype, head_dim)
         types = {"x_ptr": data, "out_ptr": data, "columns_ptr": data, "leaders_ptr": "*i64", "residuals_ptr": data}
         types |= {"y_ptr": data, "N": _POSITIONS, "C": _WIDTH, "K": _HEADS}
@@ -171,9 +230,9 @@ def _attention_configurations() -> Iterator[Configuration]:
             "BLOCK_N": residual_apply._BLOCK_N,
             "BLOCK_C": residual_apply._BLOCK_C,
             "BLOCK_K": residual_apply._BLOCK_K,
-            "PRECISION": layer_norm_linear.precision(kind),
+            "PRECISION": product.precision(kind),
         }
-        yield residual_apply._residual_apply_fwd_kernel, dtype, types, constants
+        yield residual_apply._residual_apply_fwd_kernel, dtype, types, constants, ARCHITECTURES
 
 
 def _self_attention_configurations(dtype: str, kind: torch.dtype) -> Iterator[Configuration]:
@@ -188,19 +247,21 @@ def _self_attention_configurations(dtype: str, kind: torch.dtype) -> Iterator[Co
                 ("out_ptr", "max_ptr", "sum_ptr"), into
             )
             types |= {"N": N, "S": N, "C": C} | dict.fromkeys(("stride_q", "stride_k", "stride_v"), 3 * C)
-            yield attention._attention_fwd_kernel, dtype, types | {"scale": "fp32", "part": part}, constants
+            types |= {"scale": "fp32", "part": part}
+            yield attention._attention_fwd_kernel, dtype, types, constants, ARCHITECTURES
             if parts > 1 and N in (256, 64):
                 types = dict.fromkeys(("part_ptr", "max_ptr", "sum_ptr"), "*fp32") | {"out_ptr": data, "N": N, "C": C}
                 sizes = {"D": head_dim, "BLOCK_D": 256, "BLOCK_N": attention._COMBINED, "PARTS": parts}
-                yield attention._attention_combine_kernel, dtype, types, sizes
+                yield attention._attention_combine_kernel, dtype, types, sizes, ARCHITECTURES
     constants, *_ = attention.launch_of(*[torch.empty(2, 256, 128, dtype=kind, device="meta")] * 2, _HEADS, False)
     sizes = {"N": 256, "S": 256, "C": 128, "stride_q": 384, "stride_k": 384, "stride_v": 384}
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "max_ptr", "sum_ptr"), f"*{dtype}")
-    yield attention._attention_fwd_kernel, dtype, types | sizes | {"scale": "fp32", "part": 256}, constants
+    types |= sizes | {"scale": "fp32", "part": 256}
+    yield attention._attention_fwd_kernel, dtype, types, constants, ARCHITECTURES
 
 
 def _queries_and_keys(dtype: str, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    kind = _DTYPES.get(dtype, torch.float32)
+    kind = _DTYPES[dtype]
     return torch.empty(1, 1, head_dim, dtype=kind), torch.empty(1, _TEXT, head_dim, dtype=kind)
 
 
@@ -213,8 +274,8 @@ def _dbim_configurations(dtype: str, head_dim: int) -> Iterator[Configuration]:
     mix = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | masks | {"partial_ptr": "*fp32", "out_ptr": data} | sizes
     tile: dict[str, Any] = dbim.tile_pair(*_queries_and_keys(dtype, head_dim), 1)
     for logits in (False, True) if head_dim == 40 else (False,):
-        yield dbim._dbim_space_kernel, dtype, space, tile | {"LOGITS": logits}
-        yield dbim._dbim_mix_kernel, dtype, mix, tile | {"LOGITS": logits, "BLOCK_BLOCKS": 64}
+        yield dbim._dbim_space_kernel, dtype, space, tile | {"LOGITS": logits}, ARCHITECTURES
+        yield dbim._dbim_mix_kernel, dtype, mix, tile | {"LOGITS": logits, "BLOCK_BLOCKS": 64}, ARCHITECTURES
 
 
 def compile_all() -> Iterator[Usage]:
@@ -226,19 +287,20 @@ def compile_all() -> Iterator[Usage]:
 
 
 def _compile(number: int) -> list[Usage]:
-    """One configuration for every architecture, specialised as Triton does when it launches: on multiples of 16."""
-    kernel, dtype, arguments, constants = next(islice(configurations(), number, None))
+    """One configuration for its architectures, specialised as Triton does at a launch: on 1, on multiples of 16."""
+    kernel, dtype, arguments, constants, architectures = next(islice(configurations(), number, None))
     options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages")}
     constexprs = {name: value for name, value in constants.items() if name not in options}
+    constexprs |= {name: value for name, value in arguments.items() if value is None or value == 1}
     types = {name: "i32" if isinstance(kind, int) else kind for name, kind in arguments.items()}
     signature = types | dict.fromkeys(constexprs, "constexpr")
     aligned = {
         (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(arguments.values())
-        if (kind % 16 == 0 if isinstance(kind, int) else kind.startswith("*"))
+        for i, (name, kind) in enumerate(arguments.items())
+        if name not in constexprs and (kind % 16 == 0 if isinstance(kind, int) else str(kind).startswith("*"))
     }
     usages = []
-    for architecture in ARCHITECTURES:
+    for architecture in architectures:
         source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
         compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
         usages.append(_usage(kernel.__name__, dtype, constants, architecture, compiled))
@@ -262,6 +324,7 @@ def _usage(kernel: str, dtype: str, constants: dict[str, Any], architecture: int
         shared_bytes=compiled.metadata.shared,
         spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", code)),
         matrix_instructions=len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA)\b", code)),
+        group_instructions=len(re.findall(r"\b(?:HGMMA|QGMMA)\b", code)),
     )
 
 
@@ -274,11 +337,13 @@ def main() -> int:
     if "--json" in sys.argv[1:]:
         print(json.dumps([asdict(usage) for usage in usages]))
         return 0
-    print(f"{'kernel':<34}{'dtype':<6}{'sm':<4}{'registers':>10}{'shared B':>10}{'spills':>8}{'mma':>6}  constants")
+    names = f"{'registers':>10}{'shared B':>10}{'spills':>8}{'mma':>6}{'wgmma':>6}  constants"
+    print(f"{'kernel':<34}{'dtype':<6}{'sm':<4}{names}")
     for usage in usages:
         print(
             f"{usage.kernel:<34}{usage.dtype:<6}{usage.architecture:<4}{usage.registers:>10}{usage.shared_bytes:>10}"
-            f"{usage.spill_instructions:>8}{usage.matrix_instructions:>6}  {usage.constants}"
+            f"{usage.spill_instructions:>8}{usage.matrix_instructions:>6}{usage.group_instructions:>6}"
+            f"  {usage.constants}"
         )
     return int(any(usage.spill_instructions for usage in usages))
 

@@ -5,28 +5,19 @@ the stream ``t`` before them, ``r + W_po (t + W_2 g + b_2) + b_po = r + [W_po W_
 Bias and residual are added to float32 sums, which are rounded once.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
-# (triton declares constexpr arguments as objects; launches pass plain numbers)
-
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from .jit import cdiv, jit
-from .layer_norm_linear import check_products, precision, weight_tile
-
-if TYPE_CHECKING:
-    import triton.language as tl
-
-_TILE = {"BLOCK_M": 128, "BLOCK_N": 64, "BLOCK_K": 32, "num_warps": 4, "num_stages": 3}
+from .product import Product, check_products, multiply
 
 torch.library.define(
     "twinstream::linear_add",
-    "(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor? z, Tensor? z_weight) -> Tensor",
+    "(Tensor x, Tensor weight, Tensor bias, Tensor residual, Tensor? z, Tensor? z_weight, *, bool tma=True) -> Tensor",
 )
 
 
@@ -50,65 +41,60 @@ def linear_add_ref(
     return residual + y
 
 
-@jit
-def _product(acc, x_ptr, weight_ptr, offs_m, offs_n, M, N, K, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr):
-    """``acc`` plus the tile's rows of ``x`` (M, K) times ``weight`` (N, K) transposed."""
-    for first in range(0, K, BLOCK_K):
-        offs_k = first + tl.arange(0, BLOCK_K)
-        mask = (offs_m < M)[:, None] & (offs_k < K)[None, :]
-        x = tl.load(x_ptr + offs_m[:, None] * K + offs_k[None, :], mask=mask, other=0.0)
-        acc = tl.dot(x, weight_tile(weight_ptr, offs_n, offs_k, N, K), acc, input_precision=PRECISION)
-    return acc
-
-
-@jit
-def _linear_add_fwd_kernel(
-    x_ptr, weight_ptr, z_ptr, z_weight_ptr, bias_ptr, residual_ptr, y_ptr, M, N, K, K_z,
-    BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, PRECISION: tl.constexpr,
-):  # fmt: skip
-    offs_m = tl.program_id(1).to(tl.int64) * BLOCK_M + tl.arange(0, BLOCK_M)
-    offs_n = tl.program_id(0) * BLOCK_N + tl.arange(0, BLOCK_N)
-    mask_n = offs_n < N
-    acc = tl.zeros([BLOCK_M, BLOCK_N], tl.float32)
-    acc = _product(acc, x_ptr, weight_ptr, offs_m, offs_n, M, N, K, BLOCK_K, PRECISION)
-    acc = _product(acc, z_ptr, z_weight_ptr, offs_m, offs_n, M, N, K_z, BLOCK_K, PRECISION)
-    at = offs_m[:, None] * N + offs_n[None, :]
-    mask = (offs_m < M)[:, None] & mask_n[None, :]
-    acc += tl.load(bias_ptr + offs_n, mask=mask_n, other=0.0).to(tl.float32)[None, :]
-    acc += tl.load(residual_ptr + at, mask=mask, other=0.0).to(tl.float32)
-    tl.store(y_ptr + at, acc.to(y_ptr.dtype.element_ty), mask=mask)
-
-
 def linear_add_triton(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, z: Tensor | None = None, z_weight: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    z: Tensor | None = None,
+    z_weight: Tensor | None = None,
+    *,
+    tma: bool = True,
 ) -> Tensor:
-    """Launch the kernel on contiguous tensors."""
+    """Launch the kernels on contiguous tensors."""
     if (z is None) != (z_weight is None):
         raise ValueError(f"z and z_weight must be given together, got {z is not None} and {z_weight is not None}")
-    second = (x.new_empty(0), x.new_empty(0)) if z is None or z_weight is None else (z, z_weight)
-    check_products(x=x, weight=weight, residual=residual, z=second[0], z_weight=second[1])
-    N, K = weight.shape
-    M, K_z = residual.numel() // N, second[1].shape[-1]
+    check_products(x=x, weight=weight, residual=residual, z=z, z_weight=z_weight)
     y = torch.empty_like(residual)
     if y.numel():
-        with torch.cuda.device_of(x):  # Triton launches on the current device
-            _linear_add_fwd_kernel[(cdiv(N, _TILE["BLOCK_N"]), cdiv(M, _TILE["BLOCK_M"]))](
-                x, weight, *second, bias, residual, y, M, N, K, K_z, PRECISION=precision(x.dtype), **_TILE
-            )  # fmt: skip
+        rows, second, third = (None if one is None else one.view(-1, one.shape[-1]) for one in (x, z, residual))
+        assert rows is not None
+        multiply(Product(rows, weight, second, z_weight, bias, third), y, tma)
     return y
 
 
 torch.library.impl("twinstream::linear_add", "cuda", linear_add_triton)
-torch.library.impl("twinstream::linear_add", "cpu", linear_add_ref)
+
+
+@torch.library.impl("twinstream::linear_add", "cpu")
+def _linear_add_cpu(*arguments: Any, tma: bool = True) -> Tensor:  # noqa: ARG001
+    return linear_add_ref(*arguments)
 
 
 @torch.library.register_fake("twinstream::linear_add")
-def _linear_add_fake(x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, *_second: Tensor | None) -> Tensor:  # noqa: ARG001
+def _linear_add_fake(
+    x: Tensor,  # noqa: ARG001
+    weight: Tensor,  # noqa: ARG001
+    bias: Tensor,  # noqa: ARG001
+    residual: Tensor,
+    *_second: Tensor | None,
+    tma: bool = True,  # noqa: ARG001
+) -> Tensor:
     return torch.empty_like(residual)
 
 
 def linear_add(
-    x: Tensor, weight: Tensor, bias: Tensor, residual: Tensor, z: Tensor | None = None, z_weight: Tensor | None = None
+    x: Tensor,
+    weight: Tensor,
+    bias: Tensor,
+    residual: Tensor,
+    z: Tensor | None = None,
+    z_weight: Tensor | None = None,
+    *,
+    tma: bool = True,
 ) -> Tensor:
-    """Through the dispatcher: Triton on CUDA tensors, the reference on CPU tensors. No gradient."""
-    return torch.ops.twinstream.linear_add(x, weight, bias, residual, z, z_weight)
+    """Through the dispatcher: Triton on CUDA tensors, the reference on CPU tensors. No gradient.
+
+    Without ``tma``, tiles come through pointers on Hopper cards too.
+    """
+    return torch.ops.twinstream.linear_add(x, weight, bias, residual, z, z_weight, tma=tma)

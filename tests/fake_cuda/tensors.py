@@ -9,10 +9,16 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor
-from torch.utils._pytree import tree_flatten, tree_map
+from torch.utils._pytree import register_pytree_node, tree_flatten, tree_map
+from triton.tools.tensor_descriptor import TensorDescriptor
 
 from tests.fake_cuda.card import Card, Queue, Work
 
+register_pytree_node(  # which a launch is given in place of a tensor
+    TensorDescriptor,
+    lambda one: ([one.base], (one.shape, one.strides, one.block_shape)),
+    lambda bases, about: TensorDescriptor(next(iter(bases)), *about),
+)
 _CARD: list[Card] = []  # the one that is there
 _PRODUCTS = ("aten.mm", "aten.addmm", "aten.bmm", "aten.baddbmm")
 _MIX_DEVICES = ("aten.copy_", "aten._to_copy", "aten.index", "aten.index_put_")

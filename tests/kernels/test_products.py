@@ -13,6 +13,9 @@ from engine.kernels.linear_add import linear_add, linear_add_ref, linear_add_tri
 from tests.kernels.accuracy import assert_as_accurate
 
 _DEVICE = "cuda" if torch.cuda.is_available() else "cpu"
+_BFLOAT16 = pytest.param(  # which products of the interpreter do not know
+    torch.bfloat16, marks=pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+)
 _OPS: dict[str, tuple[Callable[..., Tensor], ...]] = {
     "layer_norm_linear": (layer_norm_linear_triton, layer_norm_linear_ref, layer_norm_linear),
     "layer_norm_geglu": (layer_norm_geglu_triton, layer_norm_geglu_ref, layer_norm_geglu),
@@ -39,7 +42,7 @@ def _inputs(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype, mean:
     return [x, *norm, draw(2 * C_out, C, scale=share), draw(2 * C_out)]
 
 
-@pytest.mark.parametrize("dtype", [torch.float32, torch.float16], ids=str)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, _BFLOAT16], ids=str)
 @pytest.mark.parametrize("shape", [(2, 70, 40, 96), (1, 9, 33, 7), (1, 130, 320, 64), (3, 1, 1, 1)], ids=str)
 @pytest.mark.parametrize("op", _OPS)
 def test_kernel(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -> None:
@@ -47,12 +50,17 @@ def test_kernel(op: str, shape: tuple[int, int, int, int], dtype: torch.dtype) -
     kernel, ref, _ = _OPS[op]
     exact = ref(*(x.double() if isinstance(x, Tensor) else x for x in inputs))
     assert_as_accurate(kernel(*inputs), ref(*inputs), exact)
+    if dtype == torch.float16:
+        assert_as_accurate(kernel(*inputs, tma=False), ref(*inputs), exact)
 
 
-def test_a_large_mean() -> None:
-    inputs = _inputs("layer_norm_linear", (1, 20, 64, 32), torch.float32, mean=300.0)
-    exact = layer_norm_linear_ref(*(x.double() if isinstance(x, Tensor) else x for x in inputs))
-    assert_as_accurate(layer_norm_linear_triton(*inputs), layer_norm_linear_ref(*inputs), exact)
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, _BFLOAT16], ids=str)
+@pytest.mark.parametrize("op", ["layer_norm_linear", "layer_norm_geglu"])
+def test_a_large_mean(op: str, dtype: torch.dtype) -> None:
+    inputs = _inputs(op, (1, 20, 64, 32), dtype, mean=300.0)
+    kernel, ref, _ = _OPS[op]
+    exact = ref(*(x.double() if isinstance(x, Tensor) else x for x in inputs))
+    assert_as_accurate(kernel(*inputs), ref(*inputs), exact)
 
 
 @pytest.mark.parametrize("op", _OPS)

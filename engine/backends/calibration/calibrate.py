@@ -25,7 +25,7 @@ from .flags import get_flags
 from .table import Choice, Table, open_table
 
 SECONDS = 40.0  # that a load may take longer for it
-_CALL_SECONDS = 15.0  # that a call may take: a few compilations of Triton's
+_CALL_SECONDS = 25.0  # that a call may take: a few compilations of Triton's
 _START_SECONDS = 30.0  # that torch and the card may take to be there
 _MOST_ENDS = 8  # of child processes, after which the card is left alone
 

@@ -13,18 +13,22 @@ from torch import Tensor
 from ...kernels.attention import MAX_HEAD_DIM, attention, launch_of
 from ...kernels.cross_attention import cross_attention_ref
 from ...kernels.group_norm_silu import group_norm, group_norm_silu, launches_for
-from ...kernels.layer_norm_geglu import layer_norm_geglu_unfused
+from ...kernels.layer_norm_geglu import layer_norm_geglu, layer_norm_geglu_unfused
+from ...kernels.layer_norm_linear import layer_norm_linear
+from ...kernels.linear_add import linear_add
+from ...kernels.product_tiles import HALVES, card_of, has_descriptors
 from ..ops import TORCH, TRITON
 from .calls import Call
 
 TORCHS_OWN = "torch"
 OURS = "triton"
+POINTERS = "triton, pointers"  # products whose tiles come as on older cards, where Hopper has another way
 
 
 def contenders(call: Call) -> dict[str, Callable[..., Any]]:
     """By name: "torch", which serves where nothing better is known; "triton", ours; and what else there is.
 
-    Names that begin with "triton" are other launches of ours.
+    Names that begin with "triton" are other launches of ours. For the current device.
     """
     found = {TORCHS_OWN: getattr(TORCH, call.op)}
     if call.op != "attention" or call.arguments[0].shape[-1] // call.arguments[3] <= MAX_HEAD_DIM:
@@ -50,6 +54,8 @@ def _is_there(name: str, call: Call) -> bool:
     if name in _LAUNCHES:
         positions = call.arguments[0].shape[2] * call.arguments[0].shape[3]
         return _LAUNCHES[name] != launches_for(positions) and positions in _EITHER
+    if name == POINTERS:
+        return call.arguments[0].dtype in HALVES and has_descriptors(card_of(torch.device("cuda")))
     return name != "xformers" or find_spec("xformers") is not None
 
 
@@ -91,5 +97,7 @@ _OTHERS: dict[str, dict[str, Callable[..., Any]]] = {
     "group_norm": {name: partial(group_norm, launches=n) for name, n in _LAUNCHES.items()},
     "group_norm_silu": {name: partial(group_norm_silu, launches=n) for name, n in _LAUNCHES.items()},
     "cross_attention": {"explicit": cross_attention_ref},
-    "layer_norm_geglu": {"unfused": layer_norm_geglu_unfused},
+    "layer_norm_linear": {POINTERS: partial(layer_norm_linear, tma=False)},
+    "layer_norm_geglu": {POINTERS: partial(layer_norm_geglu, tma=False), "unfused": layer_norm_geglu_unfused},
+    "linear_add": {POINTERS: partial(linear_add, tma=False)},
 }

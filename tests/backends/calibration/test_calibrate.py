@@ -19,9 +19,11 @@ from engine.backends.calibration import calibrate as module
 from engine.backends.calibration.calibrate import Calibrated, calibrate, start_process
 from engine.backends.calibration.calls import Call
 from engine.backends.calibration.child import answer
+from engine.backends.calibration.contenders import contenders
 from engine.backends.calibration.table import Choice, open_table
 from engine.calibrating import calibrate_model
 from engine.cli import main
+from engine.kernels.product_tiles import CARDS
 from engine.models.calls import calls_of
 from tests.fake_cuda import Card, FakeCuda
 from tests.pipelines import relative_error
@@ -92,6 +94,11 @@ def _add(channels: int = 8) -> Call:
     return Call("residual_add", (like, like, torch.empty(channels, device="meta")))
 
 
+def _product(dtype: torch.dtype) -> Call:
+    x, weight, bias = torch.empty(2, 16, 64), torch.empty(64, 64), torch.empty(64)
+    return Call("linear_add", tuple(one.to("meta", dtype) for one in (x, weight, bias, x)))
+
+
 def _few_calls(*asked: Any) -> list[Call]:
     """Some of a model's, by which a test is not long."""
     calls = calls_of(*asked)
@@ -124,6 +131,17 @@ def test_the_fastest_serves_and_ties_are_torchs(card: Card, seconds: dict, serve
     assert choice.serves == serves
     assert why.replace("1.0 times", "times") in choice.why
     assert choice.wrong == {}
+
+
+def test_both_forms_of_a_product_compete_on_hopper_cards(monkeypatch: pytest.MonkeyPatch) -> None:
+    call = _product(torch.float16)
+    assert set(contenders(call)) == {"torch", "triton", "triton, pointers"}
+    assert set(contenders(_product(torch.float32))) == {"torch", "triton"}
+    choice = _choice(_calibrate(call), call)
+    assert choice.wrong == {}
+    assert choice.serves == "triton"  # one kernel, where torch's are two
+    monkeypatch.setattr("engine.backends.calibration.contenders.card_of", lambda _: CARDS[89])
+    assert set(contenders(call)) == {"torch", "triton"}
 
 
 @pytest.mark.parametrize(

@@ -120,6 +120,8 @@ def test_margins() -> None:
     assert chosen(**both, flash=82.0) == "flash"
     why = choose({name: [1e-6 * value] * 9 for name, value in (both | {"torch": 79.0}).items()}, {})[1]
     assert why == "79.0 us; ours takes 80.0 us"
+    assert chosen(torch=100.0, unfused=80.0, triton=90.0, **{"triton, pointers": 79.0}) == "unfused"
+    assert chosen(torch=100.0, unfused=80.0, triton=60.0, **{"triton, pointers": 50.0}) == "triton, pointers"
     noisy = [50.0] * 7 + [120.0] * 2
     assert choose({"torch": [100.0] * 9, "triton": noisy}, {})[0] == "torch"
 
