@@ -12,7 +12,7 @@ import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
 from itertools import islice
@@ -66,7 +66,7 @@ class Usage:
 
 # Kernel, dtype, arguments (a type, a number of a launch for SD v1.5 at 512x512, None), constants and options, and the
 # architectures that launch it so
-Configuration = tuple[Any, str, dict[str, str | int | None], dict[str, Any], tuple[int, ...]]
+Configuration = tuple[Any, str, Mapping[str, str | int | None], dict[str, Any], tuple[int, ...]]
 _POSITIONS, _WIDTH, _TEXT, _HEADS = 4096, 320, 77, 8
 
 
@@ -176,10 +176,13 @@ def _products(dtype: torch.dtype) -> Iterator[product.Product]:
         M = 2 * positions
         for rows in (3 * C, C, 8 * C):
             weight = empty(rows, C)
-            folded = {"stats": empty(M, 2, dtype=torch.float32), "sums": empty(2 * rows + 1, dtype=torch.float32)}
+            folded: dict[str, Any] = {
+                "stats": empty(M, 2, dtype=torch.float32),
+                "sums": empty(2 * rows + 1, dtype=torch.float32),
+            }
             after = folded if dtype != torch.float32 else {"bias": empty(rows)} if rows == 8 * C else {}
             yield product.Product(empty(M, C), weight, gated=rows == 8 * C, **after)
-        after = {"bias": empty(C), "residual": empty(M, C)}
+        after: dict[str, Any] = {"bias": empty(C), "residual": empty(M, C)}
         yield product.Product(empty(M, C), empty(C, C), **after)
         yield product.Product(empty(M, 4 * C), empty(C, 4 * C), empty(M, C), empty(C, C), **after)
 
