@@ -17,7 +17,7 @@ Few rows leave processors idle, so the inner axis is split there: programs write
 kernel adds these, always in the same order.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportAssignmentType=false, reportGeneralTypeIssues=false
 # (triton declares constexpr arguments as objects; launches pass plain numbers)
 
 from __future__ import annotations

@@ -103,15 +103,14 @@ class Tile:
         n = self.steps(K, K_z) * self.splits
         return n * self.block_k == K and n * self.block_z(K, K_z) == K_z
 
-    def shared_bytes(self, K: int, K_z: int) -> int:
-        """At most, in half precision: the steps that are under way and, where others come in meanwhile, the result."""
-        columns = self.block_n + self.block_n2
-        steps = (
-            (self.n_stages if self.tma else self.n_stages - 1)
-            * (self.block_m + columns)
-            * (self.block_k + self.block_z(K, K_z))
-        )
-        return 2 * (steps + (self.block_m * columns if self.tma else 0))
+    def shared_bytes(self, K: int, K_z: int, generation: int) -> int:
+        """At most, in half precision: the steps that are under way and, where others come in meanwhile, the result.
+
+        Before Hopper, the step that is computed is in registers.
+        """
+        columns, n_steps = self.block_n + self.block_n2, self.n_stages - (generation < _TMA)
+        step = (self.block_m + columns) * (self.block_k + self.block_z(K, K_z))
+        return 2 * (n_steps * step + (self.block_m * columns if self.tma else 0))
 
     def n_tiles(self, M: int, N: int, gated: bool) -> int:
         return cdiv(M, self.block_m) * cdiv(N, self.block_n + (0 if gated else self.block_n2))
@@ -152,7 +151,7 @@ def tiles_of(generation: int, gated: bool, tma: bool, K: int, K_z: int) -> list[
             continue  # a processor's registers hold no more beside what copies take
         for block_k, stages in _STEPS:
             tile = Tile(block_m, block_n, block_n2, block_k, 8 if block_m == 128 else 4, stages, tma)
-            if tile.shared_bytes(K, K_z) <= room:
+            if tile.shared_bytes(K, K_z, generation) <= room:
                 found.append(tile)
                 break
     return found

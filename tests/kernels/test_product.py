@@ -164,7 +164,7 @@ def test_tiles_fit_their_cards(generation: int) -> None:
     for M, N, K, K_z, gated in _cases():
         tile = best_tile(M, N, K, K_z, torch.float16, gated, card)
         assert tile.tma == has_descriptors(card) == (generation == 90)
-        assert tile.shared_bytes(K, K_z) < {80: 163, 86: 99, 89: 99, 90: 227}[generation] << 10
+        assert tile.shared_bytes(K, K_z, generation) < {80: 163, 86: 99, 89: 99, 90: 227}[generation] << 10
         assert not gated or tile.block_n == tile.block_n2
         assert tile.n_programs(M, N, gated) <= card.processors or not tile.tma
         every_part_has_work = (tile.splits - 1) * tile.steps(K, K_z) < replace(tile, splits=1).steps(K, K_z)
@@ -187,7 +187,7 @@ def test_unknown_cards_and_float32_have_tiles_too() -> None:
     for generation in (75, 100, 120):
         tile = best_tile(8192, 320, 320, 0, torch.bfloat16, False, Card(generation, 170))
         assert not tile.tma
-        assert tile.shared_bytes(320, 0) < 99 << 10
+        assert tile.shared_bytes(320, 0, generation) < 99 << 10
     for gated in (False, True):
         assert not best_tile(8192, 320, 320, 0, torch.float32, gated, CARDS[90]).tma
     assert all(tiles_of(generation, gated, False, 320, 80) for generation in CARDS for gated in (False, True))
