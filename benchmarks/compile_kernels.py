@@ -102,10 +102,10 @@ def _norm_configurations() -> Iterator[Configuration]:
             for width in widths:
                 found = [_norm_alone(dtype, positions, width)] if positions <= 4096 else []
                 found += _norm_shared(dtype, positions, width) if positions >= 1024 else []
-                for kernel, *rest, constants in found:
+                for kernel, _, types, constants in found:
                     if (one := {"kernel": kernel, "dtype": dtype} | constants) not in known:
                         known.append(one)
-                        yield kernel, *rest, constants
+                        yield kernel, dtype, types, constants
 
 
 def _norm_alone(dtype: str, positions: int, width: int) -> Configuration:
@@ -184,7 +184,7 @@ def _self_attention_configurations(dtype: str, kind: torch.dtype) -> Iterator[Co
         for is_split in (False, True) if head_dim == 160 else (False,):
             constants, parts, part = attention.launch_of(q, q, _HEADS, is_split)
             data, into, C = f"*{dtype}", "*fp32" if parts > 1 else f"*{dtype}", q.shape[2]
-            types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | dict.fromkeys(
+            types: dict[str, str | int] = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | dict.fromkeys(
                 ("out_ptr", "max_ptr", "sum_ptr"), into
             )
             types |= {"N": N, "S": N, "C": C} | dict.fromkeys(("stride_q", "stride_k", "stride_v"), 3 * C)
@@ -193,7 +193,8 @@ def _self_attention_configurations(dtype: str, kind: torch.dtype) -> Iterator[Co
                 types = dict.fromkeys(("part_ptr", "max_ptr", "sum_ptr"), "*fp32") | {"out_ptr": data, "N": N, "C": C}
                 sizes = {"D": head_dim, "BLOCK_D": 256, "BLOCK_N": attention._COMBINED, "PARTS": parts}
                 yield attention._attention_combine_kernel, dtype, types, sizes
-    constants, *_ = attention.launch_of(*[torch.empty(2, 256, 128, dtype=kind, device="meta")] * 2, _HEADS, False)
+    q = torch.empty(2, 256, 128, dtype=kind, device="meta")
+    constants, *_ = attention.launch_of(q, q, _HEADS, is_split=False)
     sizes = {"N": 256, "S": 256, "C": 128, "stride_q": 384, "stride_k": 384, "stride_v": 384}
     types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "max_ptr", "sum_ptr"), f"*{dtype}")
     yield attention._attention_fwd_kernel, dtype, types | sizes | {"scale": "fp32", "part": 256}, constants
