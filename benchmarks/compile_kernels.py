@@ -1,51 +1,52 @@
 """Compile every Triton kernel ahead of time, on any machine: ``python -m benchmarks.compile_kernels``.
 
-Builds real cubins for each architecture in the configurations that the engine launches for SD v1.5, and prints
-registers as the cubin states them, shared memory as Triton asks for it, spills as the instructions in it that touch
-local memory, and matrix products as its tensor-core instructions.
+Builds real cubins for each architecture in the configurations that the engine launches: those that SD v1.5's steps
+and its decoder launch (``benchmarks/launches.py``), each once for all launches that Triton compiles alike. It compiles
+by dtypes, constants, and which numbers are 1 or divide by 16. Prints registers as the cubin states them, shared memory
+as Triton asks for it, spills as the instructions in it that touch local memory, and matrix products as its tensor-core
+instructions, those of whole warp groups (HGMMA, of Hopper) apart from those of single warps (HMMA).
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from engine.kernels import (
-    attention,
-    cross_attention,
-    cross_attention_pair,
-    dbim,
-    geglu,
-    group_norm_silu,
-    layer_norm_geglu,
-    layer_norm_linear,
-    linear_add,
-    residual_add,
-    residual_apply,
+from benchmarks.launches import (
+    EMBEDDED,
+    SD_V1_5,
+    SD_V1_5_VAE,
+    Launch,
+    Recorder,
+    decode_launches,
+    step_launches,
 )
+from engine.kernels.cross_attention_pair import cross_attention_pair_triton
+from engine.kernels.geglu import geglu_triton
 from engine.kernels.jit import load_kernels
-
-load_kernels()
 
 ARCHITECTURES = (80, 86, 89, 90)
 MAX_SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # of a block, by NVIDIA's documentation
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16}
+_HEADS, _TEXT, _LONG_TEXT = 8, 77, 154
+_STAGES = ((4096, 320), (1024, 640), (256, 1280))
 
 
 @dataclass(frozen=True, slots=True)
@@ -54,188 +55,203 @@ class Usage:
 
     kernel: str
     dtype: str
+    numbers: str
     constants: str
     architecture: int
     registers: int
     shared_bytes: int
     spill_instructions: int
-    matrix_instructions: int
+    warp_group_products: int
+    warp_products: int
 
 
-# Kernel, dtype, arguments (a type, or a number of a launch for SD v1.5 at 512x512), constants and options
-Configuration = tuple[Any, str, dict[str, str | int], dict[str, Any]]
-_POSITIONS, _WIDTH, _TEXT, _HEADS = 4096, 320, 77, 8
+@dataclass(frozen=True)
+class Configuration:
+    """A kernel as Triton compiles it once: the first launch that asks for it."""
+
+    dtype: str
+    launch: Launch
+
+    @property
+    def numbers(self) -> str:
+        """What is told apart of its numbers, in words."""
+        numbers = {name: x for name, x in self.launch.arguments.items() if isinstance(x, int)}
+        return " ".join(f"{name}={_specialised(x)}" for name, x in numbers.items())
+
+    @property
+    def constants(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.launch.options.items())
 
 
-def configurations() -> Iterator[Configuration]:
-    """Every launch the engine would make."""
-    for dtype in _DTYPES:
-        data = f"*{dtype}"
-        yield (
-            geglu._geglu_fwd_kernel,
-            dtype,
-            {"x_ptr": data, "y_ptr": data, "n_cols": 4 * _WIDTH},
-            {"BLOCK": geglu._BLOCK},
-        )
-        add = dict.fromkeys(("x_ptr", "residual_ptr", "bias_ptr", "y_ptr"), data) | {
-            "n_values": 2 * _POSITIONS * _WIDTH,
-            "C": _WIDTH,
-        }
-        yield residual_add._residual_add_fwd_kernel, dtype, add, {"BLOCK": residual_add._BLOCK}
-        yield from _norm_configurations(dtype)
-        yield from _product_configurations(dtype)
-    yield from _statistics_configurations()
-    yield from _attention_configurations()
-    yield from _dbim_configurations("fp32", 160)  # which needs most of the shared memory that small cards have
+def _specialised(x: Any) -> Hashable:
+    """What Triton compiles an argument on."""
+    if isinstance(x, Tensor):
+        return str(x.dtype)
+    if isinstance(x, int):
+        return "1" if x == 1 else "16n" if x % 16 == 0 else "n"
+    described = getattr(x, "base", None)  # a tensor descriptor
+    return type(x).__name__ if described is None else (_specialised(described), tuple(x.block_shape))
 
 
-def _norm_configurations(dtype: str) -> Iterator[Configuration]:
-    data, tile = f"*{dtype}", {"BLOCK_N": group_norm_silu._BLOCK_N, "BLOCK_C": group_norm_silu._BLOCK_C}
-    stats = {"x_ptr": data, "mean_ptr": "*fp32", "m2_ptr": "*fp32", "N": _POSITIONS, "C": _WIDTH}
-    yield group_norm_silu._group_norm_stats_kernel, dtype, stats, tile
-    apply = {
-        "x_ptr": data,
-        "shift_ptr": data,
-        "centre_ptr": "*fp32",
-        "scale_ptr": "*fp32",
-        "bias_ptr": data,
-        "y_ptr": data,
-    }
-    apply |= {"N": _POSITIONS, "C": _WIDTH, "stride_shift": 16160}
-    for silu in (False, True):  # the one has a shift too
-        yield group_norm_silu._group_norm_apply_kernel, dtype, apply, {"HAS_SHIFT": silu, "SILU": silu} | tile
+def key_of(launch: Launch) -> Hashable:
+    """The same for launches that Triton compiles alike."""
+    arguments = tuple((name, _specialised(x)) for name, x in launch.arguments.items())
+    return launch.kernel, arguments, tuple(launch.options.items())
 
 
-def _statistics_configurations() -> Iterator[Configuration]:
-    """All in float32, but for what they load."""
-    dtype, data = "fp16", "*fp16"
-    combine = {"mean_ptr": "*fp32", "m2_ptr": "*fp32", "shift_ptr": data, "weight_ptr": data, "centre_ptr": "*fp32"}
-    combine |= {
-        "scale_ptr": "*fp32",
-        "N": _POSITIONS,
-        "C": _WIDTH,
-        "n_chunks": 64,
-        "stride_shift": 16160,
-        "eps": "fp32",
-    }
-    for group in (4, 10, 20, 60, 80):  # channels a group in SD v1.5's UNet and VAE, one per power of two above
-        tile = {"BLOCK_N": group_norm_silu._BLOCK_N, **group_norm_silu.group_tile(group)}
-        constants = {"HAS_SHIFT": True, **tile}
-        yield group_norm_silu._group_norm_combine_kernel, dtype, combine, constants
-    rows = {"x_ptr": data, "stats_ptr": "*fp32", "M": 2 * _POSITIONS, "K": _WIDTH, "eps": "fp32"}
-    for width in (320, 640, 1280):
-        constants = {"BLOCK_M": layer_norm_linear._BLOCK_ROWS, "BLOCK_K": triton.next_power_of_2(width)}
-        yield layer_norm_linear._layer_norm_stats_kernel, dtype, rows, constants
+def configurations(every: bool = False) -> list[Configuration]:
+    """What the engine launches for SD v1.5 at 512x512; also elsewhere, if ``every``.
+
+    That is for several pictures, at a size whose halves are no multiples of 16, with long texts, and in the embedded
+    model.
+    """
+    found: dict[Hashable, Configuration] = {}
+    for name, dtype in DTYPES.items():
+        for launch in _launches(dtype, every):
+            if launch.is_ours:
+                found.setdefault(key_of(launch), Configuration(name, launch))
+    return list(found.values())
 
 
-def _product_configurations(dtype: str) -> Iterator[Configuration]:
-    data, sizes = f"*{dtype}", {"M": 2 * _POSITIONS, "N": _WIDTH, "K": _WIDTH}
-    precision = {"PRECISION": layer_norm_linear.precision(_DTYPES[dtype])}
-    norm = {"x_ptr": data, "stats_ptr": "*fp32", "norm_weight_ptr": data, "norm_bias_ptr": data, "weight_ptr": data}
-    types = norm | {"y_ptr": data} | sizes
-    yield layer_norm_linear._layer_norm_linear_fwd_kernel, dtype, types, layer_norm_linear._TILE | precision
-    types = norm | {"bias_ptr": data, "y_ptr": data} | sizes
-    yield layer_norm_geglu._layer_norm_geglu_fwd_kernel, dtype, types, layer_norm_geglu._TILE | precision
-    pointers = ("x_ptr", "weight_ptr", "z_ptr", "z_weight_ptr", "bias_ptr", "residual_ptr", "y_ptr")
-    types = dict.fromkeys(pointers, data) | sizes | {"K_z": 4 * _WIDTH}
-    yield linear_add._linear_add_fwd_kernel, dtype, types, linear_add._TILE | precision
+def _launches(dtype: torch.dtype, every: bool) -> Iterator[Launch]:
+    for case in ("plain", "infusion", "dci"):
+        yield from step_launches(SD_V1_5, dtype, case)
+    yield from decode_launches(SD_V1_5_VAE, dtype, (64, 64))
+    yield from _not_in_a_step(dtype)
+    if not every:
+        return
+    for n in (2, 4):
+        yield from step_launches(SD_V1_5, dtype, "plain", n)
+    for case in ("plain", "infusion", "dci"):
+        yield from step_launches(SD_V1_5, dtype, case, size=(72, 56))
+        yield from step_launches(SD_V1_5, dtype, case, text_length=_LONG_TEXT)
+        yield from step_launches(EMBEDDED, dtype, case)
 
 
-def _attention_configurations() -> Iterator[Configuration]:
-    """Head dims of SD v1.5 and of the embedded model, over 77 keys."""
-    sizes = {"N": _POSITIONS, "S": _TEXT, "C": _WIDTH, "T": 2}
-    for dtype, kind in _DTYPES.items():
-        data = f"*{dtype}"
-        types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr"), data)
-        types |= {"N": _POSITIONS, "S": _POSITIONS, "C": _WIDTH}
-        types |= dict.fromkeys(("stride_q", "stride_k", "stride_v"), 3 * _WIDTH) | {"scale": "fp32"}
-        for head_dim in (16, 40, 80, 160):
-            constants = attention.tile(head_dim, kind)
-            yield attention._attention_fwd_kernel, dtype, types, constants
-        inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | {"tokens_ptr": "*i64"}
-        for head_dim in (16, 40, 80, 160):
-            constants = cross_attention.tile(*_queries_and_keys(dtype, head_dim), 1)
-            types = inputs | {"out_ptr": data, "columns_ptr": data} | sizes | {"n_heads": _HEADS, "scale": "fp32"}
-            yield cross_attention._cross_attention_fwd_kernel, dtype, types, constants
-            types = inputs | {"residuals_ptr": data, "out_ptr": data, "out_residual_ptr": data} | sizes
-            types |= {"scale": "fp32"}
-            yield cross_attention_pair._cross_attention_pair_fwd_kernel, dtype, types, constants
-            yield from _dbim_configurations(dtype, head_dim)
-        types = {"x_ptr": data, "out_ptr": data, "columns_ptr": data, "leaders_ptr": "*i64", "residuals_ptr": data}
-        types |= {"y_ptr": data, "N": _POSITIONS, "C": _WIDTH, "K": _HEADS}
-        constants = {
-            "BLOCK_N": residual_apply._BLOCK_N,
-            "BLOCK_C": residual_apply._BLOCK_C,
-            "BLOCK_K": residual_apply._BLOCK_K,
-            "PRECISION": layer_norm_linear.precision(kind),
-        }
-        yield residual_apply._residual_apply_fwd_kernel, dtype, types, constants
+@torch.no_grad()
+def _not_in_a_step(dtype: torch.dtype) -> list[Launch]:
+    """Kernels that stand beside those of a step: what the fused ones are held against."""
+    recorder = Recorder()
+    with recorder.recording():
+        for N, C in _STAGES:
+            q, k, v = (torch.empty(2, n, C, dtype=dtype, device="meta") for n in (N, _TEXT, _TEXT))
+            tokens, residuals = torch.empty(2, 1, dtype=torch.int64, device="meta"), v[:, :1].contiguous()
+            cross_attention_pair_triton(q, k, v, tokens, residuals, _HEADS)
+            geglu_triton(torch.empty(2, N, 8 * C, dtype=dtype, device="meta"))
+    return recorder.launches
 
 
-def _queries_and_keys(dtype: str, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    kind = _DTYPES.get(dtype, torch.float32)
-    return torch.empty(1, 1, head_dim, dtype=kind), torch.empty(1, _TEXT, head_dim, dtype=kind)
+class _Driver:
+    """In the place of Triton's driver: names the target, and nothing is ever loaded."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # by which Triton keeps what it has compiled
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
 
 
-def _dbim_configurations(dtype: str, head_dim: int) -> Iterator[Configuration]:
-    """Both passes of one head dim, gated as calibrated; the printed form only at SD v1.5's finest layers."""
-    data, sizes = f"*{dtype}", {"N": _POSITIONS, "S": _TEXT, "C": _WIDTH, "n_heads": _HEADS, "n_pairs": 2}
-    sizes |= {"scale": "fp32"}
-    masks = {"chosen_ptr": "*i1", "lengths_ptr": "*i64", "gates_ptr": "*fp32"}
-    space = dict.fromkeys(("q_ptr", "k_ptr"), data) | masks | {"partial_ptr": "*fp32"} | sizes
-    mix = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | masks | {"partial_ptr": "*fp32", "out_ptr": data} | sizes
-    tile: dict[str, Any] = dbim.tile_pair(*_queries_and_keys(dtype, head_dim), 1)
-    for logits in (False, True) if head_dim == 40 else (False,):
-        yield dbim._dbim_space_kernel, dtype, space, tile | {"LOGITS": logits}
-        yield dbim._dbim_mix_kernel, dtype, mix, tile | {"LOGITS": logits, "BLOCK_BLOCKS": 64}
+def compile_launch(launch: Launch, architecture: int) -> Any:
+    """Triton's compiled kernel, as this launch would have it."""
+    kernel = _kernel(launch.kernel)
+    triton.runtime.driver.set_active(_Driver(architecture))
+    return kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
 
 
-def compile_all() -> Iterator[Usage]:
-    """Compile every configuration for every architecture, on all processors."""
-    numbers = range(len(list(configurations())))
-    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
-        for usages in pool.map(_compile, numbers):
-            yield from usages
+@functools.cache
+def _kernels() -> dict[str, Any]:
+    load_kernels()
+    modules = [module for name, module in sys.modules.items() if name.startswith("engine.kernels.")]
+    return {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
 
 
-def _compile(number: int) -> list[Usage]:
-    """One configuration for every architecture, specialised as Triton does when it launches: on multiples of 16."""
-    kernel, dtype, arguments, constants = next(islice(configurations(), number, None))
-    options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages")}
-    constexprs = {name: value for name, value in constants.items() if name not in options}
-    types = {name: "i32" if isinstance(kind, int) else kind for name, kind in arguments.items()}
-    signature = types | dict.fromkeys(constexprs, "constexpr")
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, kind in enumerate(arguments.values())
-        if (kind % 16 == 0 if isinstance(kind, int) else kind.startswith("*"))
-    }
-    usages = []
-    for architecture in ARCHITECTURES:
-        source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-        usages.append(_usage(kernel.__name__, dtype, constants, architecture, compiled))
-    return usages
+def _kernel(name: str) -> Any:
+    return _kernels()[name]
 
 
-def _usage(kernel: str, dtype: str, constants: dict[str, Any], architecture: int, compiled: Any) -> Usage:
+def quick_pairs(found: list[Configuration]) -> list[tuple[int, int]]:
+    """Configurations by number, and architectures, that take a minute and show most.
+
+    All in float16 on Hopper; in float32, where most shared memory is needed, those that need any, where least is; and
+    of each kernel one in bfloat16 on the oldest.
+    """
+    pairs, met = [], set()
+    for number, one in enumerate(found):
+        kernel, dtype = one.launch.kernel, one.dtype
+        group = kernel, one.launch.options.get("GROUP"), one.launch.options.get("HAS_SHIFT"), dtype
+        if dtype == "bf16" and (kernel, dtype) not in met:
+            pairs.append((number, 80))
+        elif dtype == "fp32" and one.launch.options.get("PRECISION"):
+            pairs.append((number, 86))
+        elif dtype == "fp16" and ("GROUP" not in one.launch.options or group not in met):
+            pairs.append((number, 90))
+        met |= {group, (kernel, dtype)}
+    return pairs
+
+
+def compile_all(every: bool = False, architectures: Iterable[int] = ARCHITECTURES, quick: bool = False) -> list[Usage]:
+    """Compile every configuration for every architecture, on all processors; if ``quick``, some of them."""
+    found = configurations(every)
+    pairs = quick_pairs(found) if quick else [(i, one) for i in range(len(found)) for one in architectures]
+    torch.set_num_threads(1)  # forked processes have no other threads
+    with ProcessPoolExecutor(mp_context=get_context("fork"), initializer=_keep, initargs=(found,)) as pool:
+        return list(pool.map(_compile, *zip(*pairs, strict=True)))
+
+
+_FOUND: list[Configuration] = []
+
+
+def _keep(found: list[Configuration]) -> None:
+    _FOUND[:] = found
+
+
+def _compile(number: int, architecture: int) -> Usage:
+    return usage_of(_FOUND[number], architecture, compile_launch(_FOUND[number].launch, architecture))
+
+
+def usage_of(one: Configuration, architecture: int, compiled: Any) -> Usage:
+    """What a compiled kernel takes."""
+    code, taken = disassemble(compiled), resources(compiled)
+    return Usage(
+        kernel=one.launch.kernel,
+        dtype=one.dtype,
+        numbers=one.numbers,
+        constants=one.constants,
+        architecture=architecture,
+        registers=taken["registers"],
+        shared_bytes=taken["shared_bytes"],
+        spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        warp_group_products=len(re.findall(r"\b(?:HGMMA|QGMMA)\b", code)),
+        warp_products=len(re.findall(r"\bHMMA\b", code)),
+    )
+
+
+def disassemble(compiled: Any) -> str:
+    """A kernel's instructions, as nvdisasm prints them."""
+    return _told("nvdisasm", "--print-code", compiled)
+
+
+def resources(compiled: Any) -> dict[str, int]:
+    """Of a thread, registers and bytes of its stack, where spills go; of a block, bytes of shared memory."""
+    told = _told("cuobjdump", "--dump-resource-usage", compiled)
+    registers, stack = re.search(r"\bREG:(\d+)", told), re.search(r"\bSTACK:(\d+)", told)
+    assert registers is not None
+    assert stack is not None
+    shared = compiled.metadata.shared
+    return {"registers": int(registers[1]), "stack_bytes": int(stack[1]), "shared_bytes": shared}
+
+
+def _told(tool: str, option: str, compiled: Any) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "--print-code", file.name)
-    registers = re.search(r"\bREG:(\d+)", usage)
-    assert registers is not None
-    return Usage(
-        kernel=kernel,
-        dtype=dtype,
-        constants=" ".join(f"{name}={value}" for name, value in constants.items()),
-        architecture=architecture,
-        registers=int(registers[1]),
-        shared_bytes=compiled.metadata.shared,
-        spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        matrix_instructions=len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA)\b", code)),
-    )
+        return _run(tool, option, file.name)
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -243,15 +259,23 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def main() -> int:
-    usages = list(compile_all())
-    if "--json" in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--every", action="store_true", help="other sizes, texts, numbers of pictures and models, too")
+    parser.add_argument("--quick", action="store_true", help="some of them, on one architecture each")
+    parser.add_argument("--architectures", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    usages = compile_all(arguments.every, arguments.architectures, arguments.quick)
+    if arguments.json:
         print(json.dumps([asdict(usage) for usage in usages]))
         return 0
-    print(f"{'kernel':<34}{'dtype':<6}{'sm':<4}{'registers':>10}{'shared B':>10}{'spills':>8}{'mma':>6}  constants")
+    print(f"triton {triton.__version__}")
+    print(f"{'kernel':<34}{'dtype':<6}{'sm':<4}{'registers':>10}{'shared B':>10}{'spills':>8}{'HGMMA':>7}{'HMMA':>6}")
     for usage in usages:
         print(
             f"{usage.kernel:<34}{usage.dtype:<6}{usage.architecture:<4}{usage.registers:>10}{usage.shared_bytes:>10}"
-            f"{usage.spill_instructions:>8}{usage.matrix_instructions:>6}  {usage.constants}"
+            f"{usage.spill_instructions:>8}{usage.warp_group_products:>7}{usage.warp_products:>6}"
+            f"  {usage.numbers} {usage.constants}"
         )
     return int(any(usage.spill_instructions for usage in usages))
 
