@@ -1,11 +1,12 @@
-# make demo | test | check | mutants | docs | study-small | bench | bench-gpu | profile | clean: each sets up .venv by itself.
+# make demo | test | check | mutants | docs | study-small | bench | bench-gpu | profile | clean: each sets up .venv by itself;
+# make test-torch211 sets up .venv211, of 5 GB where only PyPI is reached, whose torch is CUDA's.
 
 PYTHON ?= python3
 BIN := .venv/bin
 OUT ?= out
 CONCEPTS := engine/assets/concepts
 
-.PHONY: demo test test-slow mutants sanitize check docs study-small bench bench-gpu profile clean
+.PHONY: demo test test-slow test-torch211 mutants sanitize check docs study-small bench bench-gpu profile clean
 
 $(BIN)/.installed: pyproject.toml setup.py $(wildcard csrc/*)
 	$(PYTHON) -m venv .venv
@@ -33,6 +34,16 @@ test: $(BIN)/.installed
 
 test-slow: $(BIN)/.installed
 	$(BIN)/python -m pytest -m slow
+
+# The oldest torch and Triton that the GPU path serves; this Triton's interpreter needs a NumPy before 2.4.
+.venv211/.installed: pyproject.toml setup.py $(wildcard csrc/*)
+	$(PYTHON) -m venv .venv211
+	.venv211/bin/pip install --quiet torch==2.11.0 triton==3.6.0 'numpy<2.4'
+	.venv211/bin/pip install --quiet --editable '.[bench]' 'numpy<2.4' 'pytest>=8.3' 'pytest-xdist>=3.6'
+	touch $@
+
+test-torch211: .venv211/.installed
+	OMP_NUM_THREADS=1 .venv211/bin/python -m pytest -n 2 tests/kernels tests/backends tests/benchmarks/test_launches.py
 
 mutants: $(BIN)/.installed
 	OMP_NUM_THREADS=1 $(BIN)/python -m tests.mutants --count 200 --minutes 25 --file-seconds 150
@@ -71,5 +82,5 @@ profile: $(BIN)/.installed
 	$(BIN)/python -m benchmarks.profile_step
 
 clean:
-	rm -rf .venv build dist site *.egg-info $(OUT) .pytest_cache .ruff_cache .benchmarks
+	rm -rf .venv .venv211 build dist site *.egg-info $(OUT) .pytest_cache .ruff_cache .benchmarks
 	find . -name __pycache__ -type d -prune -exec rm -rf {} +

@@ -1,52 +1,55 @@
 """Compile every Triton kernel ahead of time, on any machine: ``python -m benchmarks.compile_kernels``.
 
-Builds real cubins for each architecture in the configurations that the engine launches for SD v1.5, and prints
-registers as the cubin states them, shared memory as Triton asks for it, spills as the instructions in it that touch
-local memory, and matrix products as its tensor-core instructions.
+Builds real cubins for each architecture in the configurations that the engine launches: those that SD v1.5's steps
+and its decoder launch (``benchmarks/launches.py``), each once for all launches that Triton compiles alike. It compiles
+by dtypes, constants, and which numbers are 1 or divide by 16. Prints registers as the cubin states them, shared memory
+as Triton asks for it, spills as the instructions in it that touch local memory, and matrix products as its tensor-core
+instructions, those of whole warp groups (HGMMA, of Hopper) apart from those of single warps (HMMA).
 """
 
 from __future__ import annotations
 
+import argparse
+import functools
 import json
 import re
 import subprocess
 import sys
 import tempfile
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass
-from itertools import islice
 from multiprocessing import get_context
 from pathlib import Path
 from typing import Any
 
 import torch
 import triton
+from torch import Tensor
 from triton.backends.compiler import GPUTarget
-from triton.compiler import ASTSource
 
-from engine.kernels import (
-    attention,
-    cross_attention,
-    cross_attention_pair,
-    dbim,
-    geglu,
-    group_norm_silu,
-    layer_norm_linear,
-    product,
-    residual_add,
-    residual_apply,
+from benchmarks.launches import (
+    EMBEDDED,
+    SD_V1_5,
+    SD_V1_5_VAE,
+    Launch,
+    Recorder,
+    decode_launches,
+    step_launches,
 )
+from engine.kernels.attention import attention_triton
+from engine.kernels.cross_attention_pair import cross_attention_pair_triton
+from engine.kernels.geglu import geglu_triton
+from engine.kernels.group_norm_silu import group_norm_silu_triton
 from engine.kernels.jit import load_kernels
-from engine.kernels.product_tiles import CARDS, best_tile, has_descriptors
-
-load_kernels()
+from engine.kernels.linear_add import linear_add_triton
 
 ARCHITECTURES = (80, 86, 89, 90)
 MAX_SHARED_BYTES = {80: 163 << 10, 86: 99 << 10, 89: 99 << 10, 90: 227 << 10}  # of a block, by NVIDIA's documentation
+DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
 _TOOLS = Path(triton.__file__).parent / "backends/nvidia/bin"
-_DTYPES = {"fp16": torch.float16, "bf16": torch.bfloat16, "fp32": torch.float32}
-_HALVES = ("fp16", "bf16")
+_HEADS, _GROUPS, _TEXT, _LONG_TEXT = 8, 32, 77, 154
+_STAGES = ((4096, 320), (1024, 640), (256, 1280))
 
 
 @dataclass(frozen=True, slots=True)
@@ -55,277 +58,212 @@ class Usage:
 
     kernel: str
     dtype: str
+    numbers: str
     constants: str
     architecture: int
     registers: int
     shared_bytes: int
     spill_instructions: int
-    matrix_instructions: int
-    group_instructions: int  # of these, those of whole warp groups, which Hopper's full rate takes
+    warp_group_products: int
+    warp_products: int
 
 
-# Kernel, dtype, arguments (a type, a number of a launch for SD v1.5 at 512x512, None), constants and options, and the
-# architectures that launch it so
-Configuration = tuple[Any, str, dict[str, str | int | None], dict[str, Any], tuple[int, ...]]
-_POSITIONS, _WIDTH, _TEXT, _HEADS, _GROUPS = 4096, 320, 77, 8, 32
+@dataclass(frozen=True)
+class Configuration:
+    """A kernel as Triton compiles it once: the first launch that asks for it."""
+
+    dtype: str
+    launch: Launch
+
+    @property
+    def numbers(self) -> str:
+        """What is told apart of its numbers, in words."""
+        numbers = {name: x for name, x in self.launch.arguments.items() if isinstance(x, int)}
+        return " ".join(f"{name}={_specialised(x)}" for name, x in numbers.items())
+
+    @property
+    def constants(self) -> str:
+        return " ".join(f"{name}={value}" for name, value in self.launch.options.items())
 
 
-def configurations() -> Iterator[Configuration]:
-    """Every launch the engine would make."""
-    for dtype in _HALVES:
-        data = f"*{dtype}"
-        yield (
-            geglu._geglu_fwd_kernel,
-            dtype,
-            {"x_ptr": data, "y_ptr": data, "n_cols": 4 * _WIDTH},
-            {"BLOCK": geglu._BLOCK},
-            ARCHITECTURES,
-        )
-        add = dict.fromkeys(("x_ptr", "residual_ptr", "bias_ptr", "y_ptr"), data) | {
-            "n_values": 2 * _POSITIONS * _WIDTH,
-            "C": _WIDTH,
-        }
-        yield residual_add._residual_add_fwd_kernel, dtype, add, {"BLOCK": residual_add._BLOCK}, ARCHITECTURES
-        yield from _product_configurations(dtype)
-    yield from _norm_configurations()
-    yield from _statistics_configurations()
-    yield from _attention_configurations()
-    yield from _product_configurations("fp32")
-    yield from _dbim_configurations("fp32", 160)  # which needs most of the shared memory that small cards have
+def _specialised(x: Any) -> Hashable:
+    """What Triton compiles an argument on."""
+    if isinstance(x, Tensor):
+        return str(x.dtype)
+    if isinstance(x, int):
+        return "1" if x == 1 else "16n" if x % 16 == 0 else "n"
+    described = getattr(x, "base", None)  # a tensor descriptor
+    return type(x).__name__ if described is None else (_specialised(described), tuple(x.block_shape))
 
 
-# By positions, the channels of SD v1.5's UNet that its GroupNorms see there
-_NORMS = {4096: (320, 640, 960), 1024: (320, 640, 960, 1280, 1920), 256: (640, 1280, 1920, 2560), 64: (1280, 2560)}
-_PICTURE = {1 << 18: (128, 256), 1 << 16: (256, 512)}  # and of its VAE's
+def key_of(launch: Launch) -> Hashable:
+    """The same for launches that Triton compiles alike."""
+    arguments = tuple((name, _specialised(x)) for name, x in launch.arguments.items())
+    return launch.kernel, arguments, tuple(launch.options.items())
 
 
-def _norm_configurations() -> Iterator[Configuration]:
-    """Each that differs, in both ways where calibration times both; other dtypes than float16 at one size."""
-    known: list[dict[str, Any]] = []
-    for dtype in ("fp16", "bf16", "fp32"):
-        for positions, widths in (_NORMS | _PICTURE if dtype == "fp16" else {1024: _NORMS[1024]}).items():
-            for width in widths:
-                found = [_norm_alone(dtype, positions, width)] if positions <= 4096 else []
-                found += _norm_shared(dtype, positions, width) if positions >= 1024 else []
-                for configuration in found:
-                    if (one := {"kernel": configuration[0], "dtype": dtype} | configuration[3]) not in known:
-                        known.append(one)
-                        yield configuration
+def configurations(every: bool = False, architecture: int = 90) -> list[Configuration]:
+    """What the engine launches on a card for SD v1.5 at 512x512; also elsewhere, if ``every``.
+
+    That is for several pictures, at a size whose halves are no multiples of 16, with long texts, and in the embedded
+    model.
+    """
+    found: dict[Hashable, Configuration] = {}
+    for name, dtype in DTYPES.items():
+        for launch in _launches(dtype, every, architecture):
+            if launch.is_ours:
+                found.setdefault(key_of(launch), Configuration(name, launch))
+    return list(found.values())
 
 
-def _norm_alone(dtype: str, positions: int, width: int) -> Configuration:
-    types = dict.fromkeys(("x_ptr", "shift_ptr", "weight_ptr", "bias_ptr", "y_ptr"), f"*{dtype}")
-    types |= _norm_sizes(positions, width) | {"eps": "fp32", "silu": "fp32"}
-    tile = group_norm_silu.alone_tile(positions, width // _GROUPS)
-    return group_norm_silu._group_norm_kernel, dtype, types, tile, ARCHITECTURES
+def _launches(dtype: torch.dtype, every: bool, architecture: int) -> Iterator[Launch]:
+    step = functools.partial(step_launches, dtype=dtype, architecture=architecture)
+    for case in ("plain", "infusion", "dci"):
+        yield from step(SD_V1_5, case=case)
+    yield from decode_launches(SD_V1_5_VAE, dtype, (64, 64), architecture)
+    yield from _not_in_a_step(dtype, architecture)
+    if not every:
+        return
+    for n in (2, 4):
+        yield from step(SD_V1_5, n=n)
+    for case in ("plain", "infusion", "dci"):
+        yield from step(SD_V1_5, case=case, size=(72, 56))
+        yield from step(SD_V1_5, case=case, text_length=_LONG_TEXT)
+        yield from step(EMBEDDED, case=case)
 
 
-def _norm_shared(dtype: str, positions: int, width: int) -> Iterator[Configuration]:
-    tile = group_norm_silu.shared_tile(positions, width // _GROUPS, _GROUPS)
-    chunk, n_chunks = group_norm_silu.chunks_of(positions, tile["BLOCK_N"])
-    data, sizes = f"*{dtype}", _norm_sizes(positions, width) | {"chunk": chunk}
-    types = {"x_ptr": data, "shift_ptr": data, "mean_ptr": "*fp32", "m2_ptr": "*fp32"}
-    yield group_norm_silu._group_norm_stats_kernel, dtype, types | sizes, tile, ARCHITECTURES
-    types |= dict.fromkeys(("weight_ptr", "bias_ptr", "y_ptr"), data) | sizes | {"eps": "fp32", "silu": "fp32"}
-    apply = tile | {"BLOCK_CHUNKS": max(64, n_chunks)}
-    yield group_norm_silu._group_norm_apply_kernel, dtype, types, apply, ARCHITECTURES
+@torch.no_grad()
+def _not_in_a_step(dtype: torch.dtype, architecture: int) -> list[Launch]:
+    """Kernels beside those of a step: what calibration times against them, and what the fused ones are held against."""
+    recorder = Recorder(architecture)
+    with recorder.recording(), torch.device("meta"):
+        for N, C in _STAGES:
+            rows, side = torch.empty(2 * N, C, dtype=dtype), int(N**0.5)
+            linear_add_triton(rows, rows[:C], rows[0], rows, tma=False)
+            attention_triton(rows.view(2, N, C), rows.view(2, N, C), rows.view(2, N, C), _HEADS, is_split=True)
+            picture = torch.empty(2, C, side, side, dtype=dtype).contiguous(memory_format=torch.channels_last)
+            for launches in (1, 2) if N in range(1024, 4097) else ():
+                group_norm_silu_triton(picture, None, rows[0], rows[0], _GROUPS, 1e-5, launches)
+            q, k, v = (torch.empty(2, n, C, dtype=dtype, device="meta") for n in (N, _TEXT, _TEXT))
+            tokens, residuals = torch.empty(2, 1, dtype=torch.int64, device="meta"), v[:, :1].contiguous()
+            cross_attention_pair_triton(q, k, v, tokens, residuals, _HEADS)
+            geglu_triton(torch.empty(2, N, 8 * C, dtype=dtype, device="meta"))
+    return recorder.launches
 
 
-def _norm_sizes(positions: int, width: int) -> dict[str, str | int]:
-    return {"N": positions, "C": width, "n_shifted": width, "stride_shift": 16160}
+class _Driver:
+    """In the place of Triton's driver: names the target, and nothing is ever loaded."""
+
+    def __init__(self, architecture: int) -> None:
+        self.architecture = architecture
+
+    def get_current_target(self) -> GPUTarget:
+        return GPUTarget("cuda", self.architecture, 32)
+
+    def get_current_device(self) -> int:
+        return self.architecture  # by which Triton keeps what it has compiled
+
+    def get_current_stream(self, _device: int) -> int:
+        return 0
 
 
-def _statistics_configurations() -> Iterator[Configuration]:
-    """All in float32, but for what they load."""
-    dtype, data = "fp16", "*fp16"
-    rows = {"x_ptr": data, "stats_ptr": "*fp32", "M": 2 * _POSITIONS, "K": _WIDTH, "eps": "fp32"}
-    for width in (320, 640, 1280):
-        constants = {"BLOCK_M": layer_norm_linear._BLOCK_ROWS, "BLOCK_K": triton.next_power_of_2(width)}
-        yield layer_norm_linear._layer_norm_stats_kernel, dtype, rows, constants, ARCHITECTURES
+def compile_launch(launch: Launch, architecture: int) -> Any:
+    """Triton's compiled kernel, as this launch would have it."""
+    kernel = _kernel(launch.kernel)
+    triton.runtime.driver.set_active(_Driver(architecture))
+    return kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
 
 
-def _product_configurations(dtype: str) -> Iterator[Configuration]:
-    """Of a guided step, by each card's tiles; on Hopper, the pointers' form that calibration knows, too."""
-    found = []
-    for generation, card in CARDS.items():
-        for described in (True, False) if has_descriptors(card) else (False,):
-            for one in _products(_DTYPES[dtype]):
-                tile = best_tile(*one.sizes, one.x.dtype, one.gated, card, described)
-                y = one.x.new_empty(*one.sizes[:2], dtype=torch.float32 if tile.splits > 1 else one.x.dtype)
-                given, constants = product.launch_arguments(one, y, tile)
-                arguments = dict(zip(product._product_kernel.arg_names, map(_type_of, given), strict=False))
-                configuration = (product._product_kernel, dtype, arguments, constants, (generation,))
-                if _specialised(configuration) not in map(_specialised, found):
-                    found.append(configuration)
-    yield from found
-    tile = {"BLOCK_M": product._BLOCK_SUM_M, "BLOCK_N": product._BLOCK_SUM_N}
-    for one in _products(_DTYPES[dtype]):
-        after = (one.bias, one.residual, one.stats, one.sums, one.x.new_empty(0))
-        arguments = {"partial_ptr": "*fp32"} | dict(zip(_AFTER, map(_type_of, after), strict=True))
-        sizes = {"M": one.sizes[0], "N": one.sizes[1], "n_splits": 4}
-        if len(one.x) == _SPLIT_ROWS:
-            yield product._product_sum_kernel, dtype, arguments | sizes, {"GATED": one.gated, **tile}, ARCHITECTURES
+@functools.cache
+def _kernels() -> dict[str, Any]:
+    load_kernels()
+    modules = [module for name, module in sys.modules.items() if name.startswith("engine.kernels.")]
+    return {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
 
 
-_AFTER = ("bias_ptr", "residual_ptr", "stats_ptr", "sums_ptr", "y_ptr")
-_SPLIT_ROWS = 128
+def _kernel(name: str) -> Any:
+    return _kernels()[name]
 
 
-def _products(dtype: torch.dtype) -> Iterator[product.Product]:
-    """Those of a guided step of SD v1.5, two rows: queries, keys and values; queries; both outputs; gated rows."""
+def quick_pairs() -> list[tuple[Configuration, int]]:
+    """Configurations, and an architecture for each, that take a minute and show most.
 
-    def empty(*size: int, dtype: torch.dtype = dtype) -> torch.Tensor:
-        return torch.empty(size, dtype=dtype, device="meta")
-
-    for positions, C in ((4096, 320), (1024, 640), (256, 1280), (64, 1280)):
-        M = 2 * positions
-        for rows in (3 * C, C, 8 * C):
-            weight = empty(rows, C)
-            folded = {"stats": empty(M, 2, dtype=torch.float32), "sums": empty(2 * rows + 1, dtype=torch.float32)}
-            after = folded if dtype != torch.float32 else {"bias": empty(rows)} if rows == 8 * C else {}
-            yield product.Product(empty(M, C), weight, gated=rows == 8 * C, **after)
-        after = {"bias": empty(C), "residual": empty(M, C)}
-        yield product.Product(empty(M, C), empty(C, C), **after)
-        yield product.Product(empty(M, 4 * C), empty(C, 4 * C), empty(M, C), empty(C, C), **after)
-
-
-_NAMES = {torch.float16: "fp16", torch.bfloat16: "bf16", torch.float32: "fp32"}
+    Of each kernel one in float16 on Hopper for each head size and each way that a product ends, and one in bfloat16 on
+    the oldest card; in float32 DCI's, which need most shared memory, where least is.
+    """
+    pairs, met = [], set()
+    for dtype, architecture in (("fp16", 90), ("bf16", 80), ("fp32", 86)):
+        for one in configurations(architecture=architecture):
+            options, arguments = one.launch.options, one.launch.arguments
+            ways = [options.get(name) for name in _TELLING] + [arguments.get(name) is None for name in _OPERANDS]
+            key = one.launch.kernel, dtype, *(ways if dtype == "fp16" else ())
+            is_asked = dtype != "fp32" or (one.launch.kernel.startswith("_dbim") and options["D"] == 160)
+            if one.dtype == dtype and is_asked and key not in met:
+                met.add(key)
+                pairs.append((one, architecture))
+    return pairs
 
 
-def _type_of(x: Any) -> str | int | None:
-    """An argument as a configuration has it."""
-    if isinstance(x, torch.Tensor):
-        return f"*{_NAMES[x.dtype]}"
-    if x is None or isinstance(x, int):
-        return x
-    return f"tensordesc<{_NAMES[x.base.dtype]}{list(x.block_shape)}>"
+_TELLING, _OPERANDS = ("D", "GATED", "TMA", "PARTIAL"), ("z", "sums_ptr")
 
 
-def _specialised(configuration: Configuration) -> tuple[Any, ...]:
-    """The same for what Triton compiles alike."""
-    kernel, dtype, arguments, constants, architectures = configuration
-    numbers = ((1 if x == 1 else x % 16 == 0) if isinstance(x, int) else x for x in arguments.values())
-    return kernel.__name__, dtype, tuple(numbers), tuple(constants.items()), architectures
+def compile_all(every: bool = False, architectures: Iterable[int] = ARCHITECTURES, quick: bool = False) -> list[Usage]:
+    """Compile every configuration for every architecture, on all processors; if ``quick``, some of them."""
+    pairs = quick_pairs() if quick else [(one, sm) for sm in architectures for one in configurations(every, sm)]
+    torch.set_num_threads(1)  # forked processes have no other threads
+    with ProcessPoolExecutor(mp_context=get_context("fork"), initializer=_keep, initargs=(pairs,)) as pool:
+        return list(pool.map(_compile, range(len(pairs))))
 
 
-def _attention_configurations() -> Iterator[Configuration]:
-    """Head dims of SD v1.5 and of the embedded model, over 77 keys."""
-    sizes = {"N": _POSITIONS, "S": _TEXT, "C": _WIDTH, "T": 2}
-    for dtype in _HALVES:
-        kind = _DTYPES[dtype]
-        data = f"*{dtype}"
-        yield from _self_attention_configurations(dtype, kind)
-        inputs = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | {"tokens_ptr": "*i64"}
-        for head_dim in (16, 40, 80, 160):
-            constants = cross_attention.tile(*_queries_and_keys(dtype, head_dim), 1)
-            types = inputs | {"out_ptr": data, "columns_ptr": data} | sizes | {"n_heads": _HEADS, "scale": "fp32"}
-            yield cross_attention._cross_attention_fwd_kernel, dtype, types, constants, ARCHITECTURES
-            types = inputs | {"residuals_ptr": data, "out_ptr": data, "out_residual_ptr": data} | sizes
-            types |= {"scale": "fp32"}
-            yield cross_attention_pair._cross_attention_pair_fwd_kernel, dtype, types, constants, ARCHITECTURES
-            yield from _dbim_configurations(dtype, head_dim)
-        types = {"x_ptr": data, "out_ptr": data, "columns_ptr": data, "leaders_ptr": "*i64", "residuals_ptr": data}
-        types |= {"y_ptr": data, "N": _POSITIONS, "C": _WIDTH, "K": _HEADS}
-        constants = {
-            "BLOCK_N": residual_apply._BLOCK_N,
-            "BLOCK_C": residual_apply._BLOCK_C,
-            "BLOCK_K": residual_apply._BLOCK_K,
-            "PRECISION": product.precision(kind),
-        }
-        yield residual_apply._residual_apply_fwd_kernel, dtype, types, constants, ARCHITECTURES
+_PAIRS: list[tuple[Configuration, int]] = []
 
 
-def _self_attention_configurations(dtype: str, kind: torch.dtype) -> Iterator[Configuration]:
-    """Two rows at the sizes of SD v1.5 at 512x512, then at one with keys to spare; split where programs are few."""
-    for N in (4096, 1024, 256, 64, 5400, 1350, 350, 96):
-        head_dim = 40 if N >= 4096 else 80 if N >= 1024 else 160
-        q = torch.empty(2, N, _HEADS * head_dim, dtype=kind, device="meta")
-        for is_split in (False, True) if head_dim == 160 else (False,):
-            constants, parts, part = attention.launch_of(q, q, _HEADS, is_split)
-            data, into, C = f"*{dtype}", "*fp32" if parts > 1 else f"*{dtype}", q.shape[2]
-            types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | dict.fromkeys(
-                ("out_ptr", "max_ptr", "sum_ptr"), into
-            )
-            types |= {"N": N, "S": N, "C": C} | dict.fromkeys(("stride_q", "stride_k", "stride_v"), 3 * C)
-            types |= {"scale": "fp32", "part": part}
-            yield attention._attention_fwd_kernel, dtype, types, constants, ARCHITECTURES
-            if parts > 1 and N in (256, 64):
-                types = dict.fromkeys(("part_ptr", "max_ptr", "sum_ptr"), "*fp32") | {"out_ptr": data, "N": N, "C": C}
-                sizes = {"D": head_dim, "BLOCK_D": 256, "BLOCK_N": attention._COMBINED, "PARTS": parts}
-                yield attention._attention_combine_kernel, dtype, types, sizes, ARCHITECTURES
-    constants, *_ = attention.launch_of(*[torch.empty(2, 256, 128, dtype=kind, device="meta")] * 2, _HEADS, False)
-    sizes = {"N": 256, "S": 256, "C": 128, "stride_q": 384, "stride_k": 384, "stride_v": 384}
-    types = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr", "out_ptr", "max_ptr", "sum_ptr"), f"*{dtype}")
-    types |= sizes | {"scale": "fp32", "part": 256}
-    yield attention._attention_fwd_kernel, dtype, types, constants, ARCHITECTURES
+def _keep(pairs: list[tuple[Configuration, int]]) -> None:
+    _PAIRS[:] = pairs
 
 
-def _queries_and_keys(dtype: str, head_dim: int) -> tuple[torch.Tensor, torch.Tensor]:
-    kind = _DTYPES[dtype]
-    return torch.empty(1, 1, head_dim, dtype=kind), torch.empty(1, _TEXT, head_dim, dtype=kind)
+def _compile(number: int) -> Usage:
+    one, architecture = _PAIRS[number]
+    return usage_of(one, architecture, compile_launch(one.launch, architecture))
 
 
-def _dbim_configurations(dtype: str, head_dim: int) -> Iterator[Configuration]:
-    """Both passes of one head dim, gated as calibrated; the printed form only at SD v1.5's finest layers."""
-    data, sizes = f"*{dtype}", {"N": _POSITIONS, "S": _TEXT, "C": _WIDTH, "n_heads": _HEADS, "n_pairs": 2}
-    sizes |= {"scale": "fp32"}
-    masks = {"chosen_ptr": "*i1", "lengths_ptr": "*i64", "gates_ptr": "*fp32"}
-    space = dict.fromkeys(("q_ptr", "k_ptr"), data) | masks | {"partial_ptr": "*fp32"} | sizes
-    mix = dict.fromkeys(("q_ptr", "k_ptr", "v_ptr"), data) | masks | {"partial_ptr": "*fp32", "out_ptr": data} | sizes
-    tile: dict[str, Any] = dbim.tile_pair(*_queries_and_keys(dtype, head_dim), 1)
-    for logits in (False, True) if head_dim == 40 else (False,):
-        yield dbim._dbim_space_kernel, dtype, space, tile | {"LOGITS": logits}, ARCHITECTURES
-        yield dbim._dbim_mix_kernel, dtype, mix, tile | {"LOGITS": logits, "BLOCK_BLOCKS": 64}, ARCHITECTURES
+def usage_of(one: Configuration, architecture: int, compiled: Any) -> Usage:
+    """What a compiled kernel takes."""
+    code, taken = disassemble(compiled), resources(compiled)
+    return Usage(
+        kernel=one.launch.kernel,
+        dtype=one.dtype,
+        numbers=one.numbers,
+        constants=one.constants,
+        architecture=architecture,
+        registers=taken["registers"],
+        shared_bytes=taken["shared_bytes"],
+        spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", code)),
+        warp_group_products=len(re.findall(r"\b(?:HGMMA|QGMMA)\b", code)),
+        warp_products=len(re.findall(r"\bHMMA\b", code)),
+    )
 
 
-def compile_all() -> Iterator[Usage]:
-    """Compile every configuration for every architecture, on all processors."""
-    numbers = range(len(list(configurations())))
-    with ProcessPoolExecutor(mp_context=get_context("fork")) as pool:
-        for usages in pool.map(_compile, numbers):
-            yield from usages
+def disassemble(compiled: Any) -> str:
+    """A kernel's instructions, as nvdisasm prints them."""
+    return _told("nvdisasm", "--print-code", compiled)
 
 
-def _compile(number: int) -> list[Usage]:
-    """One configuration for its architectures, specialised as Triton does at a launch: on 1, on multiples of 16."""
-    kernel, dtype, arguments, constants, architectures = next(islice(configurations(), number, None))
-    options = {name: value for name, value in constants.items() if name in ("num_warps", "num_stages")}
-    constexprs = {name: value for name, value in constants.items() if name not in options}
-    constexprs |= {name: value for name, value in arguments.items() if value is None or value == 1}
-    types = {name: "i32" if isinstance(kind, int) else kind for name, kind in arguments.items()}
-    signature = types | dict.fromkeys(constexprs, "constexpr")
-    aligned = {
-        (i,): [["tt.divisibility", 16]]
-        for i, (name, kind) in enumerate(arguments.items())
-        if name not in constexprs and (kind % 16 == 0 if isinstance(kind, int) else str(kind).startswith("*"))
-    }
-    usages = []
-    for architecture in architectures:
-        source = ASTSource(kernel, signature, constexprs=constexprs, attrs=aligned)
-        compiled = triton.compile(source, target=GPUTarget("cuda", architecture, 32), options=options)
-        usages.append(_usage(kernel.__name__, dtype, constants, architecture, compiled))
-    return usages
+def resources(compiled: Any) -> dict[str, int]:
+    """Of a thread, registers and bytes of its stack, where spills go; of a block, bytes of shared memory."""
+    told = _told("cuobjdump", "--dump-resource-usage", compiled)
+    registers, stack = re.search(r"\bREG:(\d+)", told), re.search(r"\bSTACK:(\d+)", told)
+    assert registers is not None
+    assert stack is not None
+    shared = compiled.metadata.shared
+    return {"registers": int(registers[1]), "stack_bytes": int(stack[1]), "shared_bytes": shared}
 
 
-def _usage(kernel: str, dtype: str, constants: dict[str, Any], architecture: int, compiled: Any) -> Usage:
+def _told(tool: str, option: str, compiled: Any) -> str:
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(compiled.asm["cubin"])
         file.flush()
-        usage = _run("cuobjdump", "--dump-resource-usage", file.name)
-        code = _run("nvdisasm", "--print-code", file.name)
-    registers = re.search(r"\bREG:(\d+)", usage)
-    assert registers is not None
-    return Usage(
-        kernel=kernel,
-        dtype=dtype,
-        constants=" ".join(f"{name}={value}" for name, value in constants.items()),
-        architecture=architecture,
-        registers=int(registers[1]),
-        shared_bytes=compiled.metadata.shared,
-        spill_instructions=len(re.findall(r"\b(?:LDL|STL)\b", code)),
-        matrix_instructions=len(re.findall(r"\b(?:HMMA|HGMMA|QGMMA)\b", code)),
-        group_instructions=len(re.findall(r"\b(?:HGMMA|QGMMA)\b", code)),
-    )
+        return _run(tool, option, file.name)
 
 
 def _run(tool: str, *arguments: str) -> str:
@@ -333,17 +271,23 @@ def _run(tool: str, *arguments: str) -> str:
 
 
 def main() -> int:
-    usages = list(compile_all())
-    if "--json" in sys.argv[1:]:
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--every", action="store_true", help="other sizes, texts, numbers of pictures and models, too")
+    parser.add_argument("--quick", action="store_true", help="some of them, on one architecture each")
+    parser.add_argument("--architectures", type=int, nargs="*", default=ARCHITECTURES, choices=ARCHITECTURES)
+    parser.add_argument("--json", action="store_true")
+    arguments = parser.parse_args()
+    usages = compile_all(arguments.every, arguments.architectures, arguments.quick)
+    if arguments.json:
         print(json.dumps([asdict(usage) for usage in usages]))
         return 0
-    names = f"{'registers':>10}{'shared B':>10}{'spills':>8}{'mma':>6}{'wgmma':>6}  constants"
-    print(f"{'kernel':<34}{'dtype':<6}{'sm':<4}{names}")
+    print(f"triton {triton.__version__}")
+    print(f"{'kernel':<34}{'dtype':<6}{'sm':<4}{'registers':>10}{'shared B':>10}{'spills':>8}{'HGMMA':>7}{'HMMA':>6}")
     for usage in usages:
         print(
             f"{usage.kernel:<34}{usage.dtype:<6}{usage.architecture:<4}{usage.registers:>10}{usage.shared_bytes:>10}"
-            f"{usage.spill_instructions:>8}{usage.matrix_instructions:>6}{usage.group_instructions:>6}"
-            f"  {usage.constants}"
+            f"{usage.spill_instructions:>8}{usage.warp_group_products:>7}{usage.warp_products:>6}"
+            f"  {usage.numbers} {usage.constants}"
         )
     return int(any(usage.spill_instructions for usage in usages))
 

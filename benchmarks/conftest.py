@@ -34,5 +34,5 @@ def keep(request: pytest.FixtureRequest) -> Keep:
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
     if not torch.cuda.is_available() and not config.getoption("try_out"):
         for item in items:
-            if item.path.name == "test_gpu.py":
+            if item.path.name.startswith("test_gpu"):
                 item.add_marker(pytest.mark.skip(reason="needs a GPU"))

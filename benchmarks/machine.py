@@ -22,7 +22,6 @@ def machine(device: str = "cpu") -> dict[str, Any]:
     """Describe this machine for a result file; ``device`` is where the measured code ran."""
     cpu_info = Path("/proc/cpuinfo")
     model = re.search(r"model name\s*: (.*)", cpu_info.read_text()) if cpu_info.exists() else None
-    changed = _git("status", "--porcelain", "-uno", "--", *_CODE)
     return {
         "device": torch.cuda.get_device_name(device) if device.startswith("cuda") else "cpu",
         "cpu": model.group(1) if model else platform.processor(),
@@ -31,10 +30,16 @@ def machine(device: str = "cpu") -> dict[str, Any]:
         "platform": platform.platform(),
         "python": platform.python_version(),
         "versions": {name: metadata.version(name) for name in ("torch", "transformers", "diffusers", "openvino")},
-        "commit": _git("rev-parse", "HEAD") + ("+changes" if changed else ""),
+        "commit": commit(),
         "date": datetime.date.today().isoformat(),
         **(_gpu(device) if device.startswith("cuda") else {}),
     }
+
+
+def commit() -> str:
+    """Of the code that runs; told where it was changed since."""
+    changed = _git("status", "--porcelain", "-uno", "--", *_CODE)
+    return _git("rev-parse", "HEAD") + ("+changes" if changed else "")
 
 
 def _gpu(device: str) -> dict[str, Any]:

@@ -112,6 +112,23 @@ def products(x: Tensor, weight: Tensor) -> list[tuple[Callable[[], Tensor], floa
     ]
 
 
+def operation_flops(name: str, tensors: list[Tensor], out: list[Tensor]) -> float:
+    """Products of an operation, from its shapes; 0 for one that has none worth counting."""
+    if name in ("conv2d", "_convolution_pointwise"):
+        return 2.0 * out[0].numel() * tensors[1].numel() / tensors[1].shape[0]
+    if name == "conv3x3":  # in float32 a quarter of them, by minimal filtering
+        return 18.0 * out[0].numel() * tensors[0].shape[1] / (4 if tensors[0].dtype == torch.float32 else 1)
+    if name in ("linear", "_linear_pointwise", "layer_norm_linear", "layer_norm_geglu"):
+        x, weight = tensors[0], tensors[3 if name.startswith("layer_norm") else 1]
+        return 2.0 * x.numel() * weight.shape[0]
+    if name == "linear_add":
+        second = 2.0 * tensors[4].numel() * tensors[5].shape[0] if len(tensors) > 4 else 0.0
+        return 2.0 * tensors[0].numel() * tensors[1].shape[0] + second
+    if name in ("attention", "cross_attention", "dbim"):
+        return 4.0 * tensors[0].numel() * tensors[1].shape[1]
+    return 0.0
+
+
 def _attention(N: int, S: int, C: int) -> Op:
     def make(dtype: torch.dtype) -> list[Any]:
         return [*(random(ROWS, n, C).to(dtype) for n in (N, S, S)), _HEADS]

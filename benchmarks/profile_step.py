@@ -21,7 +21,7 @@ from torch.profiler import ProfilerActivity, profile, record_function
 
 import engine
 from benchmarks.machine import RESULTS, machine
-from benchmarks.ops import products
+from benchmarks.ops import operation_flops, products
 from benchmarks.run import slug
 from benchmarks.systems import FULL_SIZE, full_size_folder, planned_step, start_latents
 from benchmarks.turns import seconds_of
@@ -63,7 +63,7 @@ class Watch(TorchFunctionMode):
                 result = function(*args, **kwargs)
             out = [x for x in (result if isinstance(result, tuple | list) else [result]) if isinstance(x, Tensor)]
             n_bytes = sum(x.numel() * x.element_size() for x in (*tensors, *out))
-            self.rows.setdefault(label, Row(label, _flops(name, tensors, out), n_bytes)).calls += 1
+            self.rows.setdefault(label, Row(label, operation_flops(name, tensors, out), n_bytes)).calls += 1
         return result
 
     @contextmanager
@@ -73,23 +73,6 @@ class Watch(TorchFunctionMode):
             yield
         finally:
             self.depth -= 1
-
-
-def _flops(name: str, tensors: list[Tensor], out: list[Tensor]) -> float:
-    """Products of an operation, from its shapes; 0 for one that has none worth counting."""
-    if name in ("conv2d", "_convolution_pointwise"):
-        return 2.0 * out[0].numel() * tensors[1].numel() / tensors[1].shape[0]
-    if name == "conv3x3":  # in float32 a quarter of them, by minimal filtering
-        return 18.0 * out[0].numel() * tensors[0].shape[1] / (4 if tensors[0].dtype == torch.float32 else 1)
-    if name in ("linear", "_linear_pointwise", "layer_norm_linear", "layer_norm_geglu"):
-        x, weight = tensors[0], tensors[3 if name.startswith("layer_norm") else 1]
-        return 2.0 * x.numel() * weight.shape[0]
-    if name == "linear_add":
-        second = 2.0 * tensors[4].numel() * tensors[5].shape[0] if len(tensors) > 4 else 0.0
-        return 2.0 * tensors[0].numel() * tensors[1].shape[0] + second
-    if name in ("attention", "cross_attention", "dbim"):
-        return 4.0 * tensors[0].numel() * tensors[1].shape[1]
-    return 0.0
 
 
 def watched(ops: Any, watch: Watch) -> Any:

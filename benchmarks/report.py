@@ -14,7 +14,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-from benchmarks import compatibility
+from benchmarks import compatibility, gpu_tables
+from benchmarks.gpu_tables import Results, is_gpu
 from benchmarks.machine import RESULTS
 from benchmarks.serving import table as serving_table
 from benchmarks.tinyworld.evaluate import interval
@@ -27,17 +28,6 @@ PAGES = (
     ROOT / "docs" / "compatibility.md",
     ROOT / "docs" / "serving.md",
 )
-_GPU_TARGETS: dict[str, tuple[float, ...]] = {  # floor, must and goal, where there are any
-    "guided_step": (2.03, 5.3, 3.7),
-    "infusion_parallel_1": (3.98, 10.0, 6.8),
-    "infusion_shared": (2.96, 7.8, 5.1),
-    "infusion_parallel_8_per_concept": (2.21, 5.6, 3.8),
-    "dci_average": (2.34, 6.1, 4.15),
-    "vae_decode": (3.2, 8.0, 5.5),
-    "generate_50": (0.0, 0.0, 0.0),
-    "cold_start": (0.0, 0.0, 0.0),
-    "concept_switch": (0.0, 0.0, 0.0),
-}
 METHODS = ("infusion", "dci")  # cases whose peer is a processor of ours on diffusers' modules, not diffusers alone
 _SUMMARY = {  # what the README shows: file's case, and its name there
     "guided_step_full_size": "guided step, 512x512",
@@ -45,7 +35,6 @@ _SUMMARY = {  # what the README shows: file's case, and its name there
     "generate_20": "embedded model, 20 steps, 128x128",
 }
 Rows = dict[tuple[str, str, int], dict[str, dict[str, Any]]]  # records by case, dtype and rows, and by system
-Results = dict[Path, dict[str, Any]]
 _SECTION = re.compile(r"(<!-- results:(\w+) -->\n).*?(?=<!-- /results:\2 -->)", re.DOTALL)
 
 
@@ -62,20 +51,21 @@ def tables() -> dict[str, str]:
         "speed": each("records", _speed),
         "methods": each("records", _methods),
         "ops": each("records", _ops),
-        "gpu": gpu_targets([result for result in results.values() if "records" in result]),
+        "gpu": gpu_tables.targets(results),
+        "sass": gpu_tables.machine_code(results),
         "tinyworld": each("results", _quality),
         "infusion": each("infusion", _infusion),
         "dci": each("dci", _dci),
+        "before_after": each("before_after", _before_after),
         "serving": each("serving", serving_table.show),
         "http": each("http", serving_table.show_http),
-        "full_size": each("serving_full_size", serving_table.show_full_size),
         "soak": each("soak", serving_table.show_soak),
     }
 
 
 def summary(results: Results) -> str:
     """A few times of the newest CPU file that has them, in seconds, the unfavourable ones among them."""
-    timed = [result for result in results.values() if "records" in result and not _is_gpu(result)]
+    timed = [result for result in results.values() if "records" in result and not is_gpu(result)]
     timed.sort(key=lambda result: result["machine"].get("date", ""))
     found: dict[tuple[str, str], dict[str, float]] = {}
     for result in timed:
@@ -97,30 +87,6 @@ def summary(results: Results) -> str:
     return "\n".join(lines) + "\n"
 
 
-def gpu_targets(results: list[dict[str, Any]]) -> str:
-    """What a GPU is to reach, and what one has, in the newest file that has it."""
-    measured: dict[str, float] = {}
-    for result in results:
-        if _is_gpu(result):
-            for record in result["records"]:
-                if record["system"] == "twinstream" and record["dtype"] == "float16":
-                    measured.setdefault(record["case"], record["median_ms"])
-    lines = [
-        "Targets on an H200, float16, 512x512, in ms a step or a picture; floors are computed from the model's work "
-        "and the card's fastest products and copies.\n",
-        "| case | floor | must | goal | measured |",
-        "| --- | --- | --- | --- | --- |",
-    ]
-    for case, targets in _GPU_TARGETS.items():
-        found = f"{measured[case]:.2f}" if case in measured else "not measured"
-        lines.append(f"| {case} | {' | '.join(f'{one:g}' if one else '' for one in targets)} | {found} |")
-    return "\n".join(lines) + "\n"
-
-
-def _is_gpu(result: dict[str, Any]) -> bool:
-    return result["machine"].get("device", "cpu") != "cpu"
-
-
 def _rows(result: dict[str, Any]) -> Rows:
     rows: Rows = {}
     for record in result["records"]:
@@ -133,10 +99,23 @@ def _measured_on(path: Path, result: dict[str, Any]) -> str:
     cpu = f"{about.get('cpu')} ({about.get('cpu_flags')}), {about.get('threads')} threads"
     openvino = f", OpenVINO {about['versions']['openvino']}" if "openvino" in about["versions"] else ""
     return (
-        f"{about['device'] if _is_gpu(result) else cpu}, torch {about['versions']['torch']}, diffusers "
+        f"{about['device'] if is_gpu(result) else cpu}, torch {about['versions']['torch']}, diffusers "
         f"{about['versions']['diffusers']}{openvino}, commit {about['commit'][:9]} "
         f"([{path.name}](benchmarks/results/{path.name}))"
     )
+
+
+def _before_after(path: Path, result: dict[str, Any]) -> str:
+    times = {(one["case"], one["dtype"], one["side"]): one["median_ms"] for one in result["before_after"]}
+    lines = [
+        f"Commit {result['before'][:9]} and {_measured_on(path, result)}; median ms.\n",
+        "| case | dtype | before | after | ratio |",
+        "| --- | --- | --- | --- | --- |",
+    ]
+    for case, dtype in dict.fromkeys((case, dtype) for case, dtype, _ in times):
+        before, after = (times[case, dtype, side] for side in ("before", "after"))
+        lines.append(f"| {case} | {dtype} | {before:,.0f} | {after:,.0f} | {before / after:.2f}x |")
+    return "\n".join(lines) + "\n"
 
 
 def _compared(result: dict[str, Any], of_methods: bool) -> list[tuple[tuple[str, str, int], dict[str, dict[str, Any]]]]:
@@ -385,10 +364,10 @@ def filled(page: Path) -> str:
     return _SECTION.sub(fill, page.read_text())
 
 
-def main() -> int:
+def main(given: list[str] | None = None) -> int:
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--check", action="store_true")
-    arguments = parser.parse_args()
+    arguments = parser.parse_args(given)
     current = {page: filled(page) for page in PAGES}
     if arguments.check:
         return int(any(text != page.read_text() for page, text in current.items()))

@@ -45,8 +45,9 @@ _GROUPS = {
         for dtype in ("float32", "bfloat16")
     ),
     "gpu": (  # how long it takes is not measured
+        Group("calibration", ("benchmarks/test_gpu_calibration.py", "-s", "-k", "test_calibration"), 55),
         Group("kernels", (_GPU, "-k", "test_kernels"), 90),
-        Group("steps", (_GPU, "-k", "test_steps"), 140),
+        Group("steps", (_GPU, "-k", "test_steps"), 150),
         Group("pictures", (_GPU, "-k", "test_pictures"), 115),
         Group("start", (_GPU, "-k", "test_start"), 40),
         Group("compiled", (_GPU, "-k", "test_compiled"), 120),

@@ -56,19 +56,28 @@ class System:
 
 def twinstream(folder: Path, dtype: torch.dtype, device: str = "cpu") -> System:
     """This engine, as ``generate`` drives it; on a GPU with Triton kernels and graphs."""
-    sd = engine.load(folder, dtype=dtype, device=device, backend="auto" if device == "cpu" else "triton")
+    return _twinstream("twinstream", folder, dtype, device, "auto" if device == "cpu" else "triton")
+
+
+def twinstream_auto(folder: Path, dtype: torch.dtype, device: str = "cpu") -> System:
+    """The same with what calibration chose on a GPU, which is there before; all by default."""
+    return _twinstream("twinstream_auto", folder, dtype, device, "auto")
+
+
+def _twinstream(name: str, folder: Path, dtype: torch.dtype, device: str, backend: str) -> System:
+    sd = engine.load(folder, dtype=dtype, device=device, backend=backend, calibrate=False)  # nothing but what is known
     latents = start_latents(sd.unet.config.sample_size, device)
     unscaled = (latents / sd.vae.config.scaling_factor).to(dtype)
     cases = {case_of(n): planned_step(sd, [None] * n, latents) for n in IMAGES}
     cases["vae_decode"] = lambda: sd._vae.pixels(sd.vae, unscaled, slicing=False, tiling=False)
     sets = [engine.Concept(NOUN, residuals) for residuals in concept_sets(_text_widths(sd))]
-    for name, concepts, foundation in (
+    for case, concepts, foundation in (
         ("infusion_parallel_1", sets[:1], "parallel"),
         ("infusion_shared", sets[:1], "shared"),
         (f"infusion_parallel_{CONCEPT_SETS}", sets, "parallel"),
     ):
         customizations = [engine.Infusion([concept], foundation=foundation) for concept in concepts]
-        cases[name] = planned_step(sd, customizations, latents)
+        cases[case] = planned_step(sd, customizations, latents)
     cases["dci_mixing_step"] = planned_step(sd, [engine.DCI(NOUN, AUXILIARY, fraction=1.0)], latents)
     cases["concept_switch"] = _switching_step(sd, latents)
 
@@ -79,7 +88,7 @@ def twinstream(folder: Path, dtype: torch.dtype, device: str = "cpu") -> System:
 
     cases[f"generate_{STEPS}"] = lambda: generate(STEPS, 1, None)
     models = (sd.unet, sd.vae, sd.text_encoder.model)
-    return System("twinstream", cases, generate, parameter_bytes(*models), sd._free)
+    return System(name, cases, generate, parameter_bytes(*models), sd._free)
 
 
 def planned_step(sd: engine.Engine, customizations: Sequence[Any], latents: Tensor) -> Callable[[], Tensor]:

@@ -104,13 +104,13 @@ class Tile:
         return n * self.block_k == K and n * self.block_z(K, K_z) == K_z
 
     def shared_bytes(self, K: int, K_z: int, generation: int) -> int:
-        """At most, in half precision: the steps that are under way and, where others come in meanwhile, the result.
+        """At most, in half precision: the steps that are under way and, where others come in meanwhile, a sum.
 
         Before Hopper, the step that is computed is in registers.
         """
         columns, n_steps = self.block_n + self.block_n2, self.n_stages - (generation < _TMA)
         step = (self.block_m + columns) * (self.block_k + self.block_z(K, K_z))
-        return 2 * (n_steps * step + (self.block_m * columns if self.tma else 0))
+        return 2 * n_steps * step + (4 * self.block_m * self.block_n if self.tma else 0)
 
     def n_tiles(self, M: int, N: int, gated: bool) -> int:
         return cdiv(M, self.block_m) * cdiv(N, self.block_n + (0 if gated else self.block_n2))

@@ -112,8 +112,8 @@ def main(argv: Sequence[str] | None = None) -> None:
                 for record in measure(address, arguments.requests, [], rates):
                     records.append({"system": name} | record)
                     print(records[-1], flush=True)
-    settings = {"requests": arguments.requests, "steps": STEPS, "loads": arguments.loads}
-    write_result(arguments.result, machine(), {"settings": settings, "http": records})
+        settings = {"requests": arguments.requests, "steps": STEPS, "loads": arguments.loads}
+        write_result(arguments.result, machine(), {"settings": settings, "http": records})  # what is there so far
 
 
 if __name__ == "__main__":

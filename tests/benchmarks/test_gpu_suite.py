@@ -4,13 +4,18 @@ import json
 import os
 import subprocess
 import sys
+import threading
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
 
 from benchmarks import run
 from benchmarks.run import _GROUPS, Group
+from benchmarks.systems import twinstream_auto
+from benchmarks.test_gpu_calibration import calibration_record
+from tests.fake_cuda import FakeCuda
 
 _CASES = {  # what the suite promises, by the system's name
     "twinstream": {
@@ -23,6 +28,7 @@ _CASES = {  # what the suite promises, by the system's name
         "cold_start",
         "concept_switch",
     },
+    "twinstream_auto": {"guided_step", "infusion_parallel_1", "vae_decode"},
     "diffusers_eager": {"guided_step", "infusion_parallel_1", "dci_average", "vae_decode", "cold_start"},
 }
 
@@ -52,12 +58,58 @@ def test_every_case_runs(tmp_path: Path) -> None:
         assert cases <= {record["case"] for record in records if record["system"] == system}
 
 
-def test_groups_are_all_of_the_suite_and_take_nine_minutes() -> None:
-    source = (Path(run.__file__).parent / "test_gpu.py").read_text()
+def test_groups_are_all_of_the_suite_and_take_ten_minutes() -> None:
+    files = sorted(Path(run.__file__).parent.glob("test_gpu*.py"))
+    source = "\n".join(file.read_text() for file in files)
     tests = [line.split("(")[0].removeprefix("def ") for line in source.splitlines() if line.startswith("def test_")]
     prefixes = [group.arguments[-1] for group in _GROUPS["gpu"]]
     assert all(sum(test.startswith(prefix) for prefix in prefixes) == 1 for test in tests)
-    assert sum(group.limit_s or 0 for group in _GROUPS["gpu"]) <= 510  # and 30 to write the model
+    assert sum(group.limit_s or 0 for group in _GROUPS["gpu"]) <= 570  # and 30 to write the model
+    assert {group.arguments[0] for group in _GROUPS["gpu"]} == {f"benchmarks/{file.name}" for file in files}
+    assert _GROUPS["gpu"][0].name == "calibration"  # by which "auto" is timed
+
+
+class _Agreeing:
+    """A process that is asked what serves, and says at once that ours does."""
+
+    def __init__(self) -> None:
+        asked, answered = os.pipe(), os.pipe()
+        self.stdin, self.stdout = os.fdopen(asked[1], "w"), os.fdopen(answered[0])
+        self.thread = threading.Thread(target=self._answer, args=(os.fdopen(asked[0]), os.fdopen(answered[1], "w")))
+        self.thread.start()
+
+    @staticmethod
+    def _answer(read: Any, write: Any) -> None:
+        with read, write:
+            for i, _ in enumerate(read):
+                serves = {"serves": "triton", "why": "twice as fast", "wrong": {"flash": "it errs"}}
+                write.write(json.dumps(serves if i else {"ready": True}) + "\n")
+                write.flush()
+
+    def kill(self) -> None:
+        self.stdin.close()
+
+    def wait(self) -> int:
+        self.thread.join()
+        return 0
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+def test_the_suite_begins_with_calibration(
+    small_folder: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    monkeypatch.setattr("engine.backends.calibration.calibrate.start_process", _Agreeing)
+    with FakeCuda():
+        record = calibration_record(small_folder, torch.device("cuda:0"))
+        auto = twinstream_auto(small_folder, torch.float16, "cuda:0")
+    assert auto.name == "twinstream_auto"
+    assert record["calls"] == len(record["chosen"]) > 20
+    assert (record["left"], record["case"], record["system"]) == (0, "calibration", "twinstream")
+    assert record["median_ms"] == record["p90_ms"] > 0
+    first = record["chosen"][0]
+    assert (first["serves"], first["why"], first["wrong"]) == ("triton", "twice as fast", {"flash": "it errs"})
+    assert f"triton    {first['call']}, {first['rows']} rows: twice as fast" in capsys.readouterr().out
 
 
 @pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
