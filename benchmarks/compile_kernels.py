@@ -170,7 +170,8 @@ class _Driver:
 def compile_launch(launch: Launch, architecture: int) -> Any:
     """Triton's compiled kernel, as this launch would have it."""
     kernel = _kernel(launch.kernel)
-    triton.runtime.driver.set_active(_Driver(architecture))
+    driver: Any = _Driver(architecture)
+    triton.runtime.driver.set_active(driver)
     return kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
 
 

@@ -20,6 +20,7 @@ from unittest.mock import patch
 import torch
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from benchmarks.ops import KERNELS, operation_flops
 from engine.backends.ops import Ops
@@ -231,7 +232,7 @@ class _Watch(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         is_view = any(one.alias_info and not one.alias_info.is_write for one in func._schema.returns)
         if not is_view and "empty" not in name and name not in _NO_KERNELS:
-            tensors = [x for x in torch.utils._pytree.tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
+            tensors = [x for x in tree_leaves((args, kwargs, result)) if isinstance(x, Tensor)]
             flops = 2.0 * tensors[-1].numel() * tensors[-2].shape[0] if name in ("mm", "addmm") else 0.0
             self.recorder.note(name, tensors, flops)
         return result

@@ -5,7 +5,7 @@ et al. 2022, arXiv:2205.14135). Head dims are split into two powers of two, so t
 32 + 16, 64 + 16 and 128 + 32: products of 48, 80 and 160, where one power of two would make them 64, 128 and 256.
 """
 
-# pyright: reportArgumentType=false, reportCallIssue=false
+# pyright: reportArgumentType=false, reportCallIssue=false, reportGeneralTypeIssues=false
 # (triton declares constexpr arguments as objects; launches pass plain numbers)
 
 from __future__ import annotations

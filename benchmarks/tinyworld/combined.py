@@ -10,6 +10,7 @@ from __future__ import annotations
 import argparse
 import random
 from pathlib import Path
+from typing import Any
 
 import torch
 import torch.nn.functional as F
@@ -67,9 +68,8 @@ def train_lora(path: Path, steps: int) -> Path:
         optimizer.step()
         optimizer.zero_grad()
     path.parent.mkdir(parents=True, exist_ok=True)
-    diffusers.StableDiffusionPipeline.save_lora_weights(
-        path.parent, get_peft_model_state_dict(net), weight_name=path.name, safe_serialization=True
-    )
+    weights: Any = get_peft_model_state_dict(net)
+    diffusers.StableDiffusionPipeline.save_lora_weights(path.parent, weights, weight_name=path.name)
     return path
 
 
