@@ -376,7 +376,7 @@ def test_rows_are_profiled_until_more_cost_as_much(small: engine.Engine, monkeyp
 
     seconds = {2: 1.0, 4: 1.2, 8: 2.0, 16: 3.95, 32: 7.0}
     monkeypatch.setattr(pace, "_LONGEST_STEP", 100.0)
-    monkeypatch.setattr(pace, "_seconds", lambda _sd, rows, _size, _pace: seconds[rows])
+    monkeypatch.setattr(pace, "step_seconds", lambda _sd, rows, _size, _pace: seconds[rows])
     monkeypatch.setattr(pace, "batch_rows", lambda *_: 1000)
     assert profile(small, 16, 16)[0] == 8, "16 rows cost nearly twice as much as 8"
     monkeypatch.setattr(pace, "batch_rows", lambda *_: 7)
