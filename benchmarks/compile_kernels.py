@@ -169,7 +169,7 @@ class _Driver:
 
 def compile_launch(launch: Launch, architecture: int) -> Any:
     """Triton's compiled kernel, as this launch would have it."""
-    kernel = _kernel(launch.kernel)
+    kernel = _kernels()[launch.kernel]
     driver: Any = _Driver(architecture)
     triton.runtime.driver.set_active(driver)
     return kernel.warmup(grid=launch.grid, **launch.arguments, **launch.options)
@@ -180,10 +180,6 @@ def _kernels() -> dict[str, Any]:
     load_kernels()
     modules = [module for name, module in sys.modules.items() if name.startswith("engine.kernels.")]
     return {name: value for module in modules for name, value in vars(module).items() if name.endswith("_kernel")}
-
-
-def _kernel(name: str) -> Any:
-    return _kernels()[name]
 
 
 def quick_pairs() -> list[tuple[Configuration, int]]:

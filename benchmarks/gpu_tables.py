@@ -19,6 +19,9 @@ _TARGETS: dict[str, tuple[float, ...]] = {  # floor, must and goal, where there 
 }
 
 
+_TELLING = ("D", "GROUP", "GATED", "TMA", "PARTIAL", "BLOCK_M", "BLOCK_N", "BLOCK_K")
+
+
 def is_gpu(result: dict[str, Any]) -> bool:
     """Whether a result file was measured on one."""
     return result["machine"].get("device", "cpu") != "cpu"
@@ -123,5 +126,5 @@ def _kernel(row: dict[str, Any]) -> str:
 def _told(constants: str) -> str:
     """Those that tell configurations of a kernel apart."""
     words = dict(word.split("=") for word in constants.split())
-    names = [name for name in words if name in ("D", "GROUP", "HAS_SHIFT", "SILU", "BLOCK_M", "BLOCK_N", "BLOCK_K")]
+    names = [name for name in words if name in _TELLING]
     return " ".join(f"{name}={words[name]}" for name in names)

@@ -18,8 +18,7 @@ def show(path: Path, result: dict[str, Any]) -> str:
     ]
     for one in result["serving"]:
         loop = f"{settings['in_flight']} in flight" if one["loop"] == "closed" else f"Poisson, {one['loop'][6:]}"
-        numbers = " | ".join(f"{one[name]:.2f}" for name in ("per_second", "p50", "p95", "p99"))
-        lines.append(f"| {one['kinds']} | {loop} | {one['system']} | {numbers} |")
+        lines.append(f"| {one['kinds']} | {loop} | {one['system']} | {_numbers(one)} |")
     lines += [
         "",
         "A request of 8 steps, alone and while requests of 50 steps come at half of what one by one can do (medians):",
@@ -45,8 +44,7 @@ def show_http(path: Path, result: dict[str, Any]) -> str:
     ]
     for one in result["http"]:
         way = f"{one['in_flight']} in flight" if "in_flight" in one else f"Poisson, {one['rate']:.2f} a second"
-        numbers = " | ".join(f"{one[name]:.2f}" for name in ("per_second", "p50", "p95", "p99"))
-        lines.append(f"| {one['system']} | {way} | {numbers} |")
+        lines.append(f"| {one['system']} | {way} | {_numbers(one)} |")
     return "\n".join(lines) + "\n"
 
 
@@ -76,6 +74,11 @@ def show_soak(path: Path, result: dict[str, Any]) -> str:
         f"refused as bad, {found['refused']} for a full queue, and of {found['wrong']} something else became; memory "
         f"changed by {100 * soak['memory_growth_last_half']:+.1f} % over the last half; {_measured_on(path, result)}.\n"
     )
+
+
+def _numbers(one: dict[str, Any]) -> str:
+    """Pictures a second and latencies, as cells."""
+    return " | ".join(f"{one[name]:.2f}" for name in ("per_second", "p50", "p95", "p99"))
 
 
 def _measured_on(path: Path, result: dict[str, Any]) -> str:

@@ -119,6 +119,7 @@ def control_ico_and_inpainting(
     mask = F.max_pool2d(torch.from_numpy(covered)[None, None].float(), 9, 1, 4)[0, 0]
     white = Image.fromarray((mask * 255).byte().numpy())
     (hint,) = to_images(outline * 2 - 1)
+    outlined = engine.load_controlnet(net, sd)
     found = [("picture", picture), ("mask", white.convert("RGB")), ("outlines", hint)]
     for name, weight in (("without the net", 0.0), ("together", 1.0)):
         out = sd.generate(
@@ -129,7 +130,7 @@ def control_ico_and_inpainting(
             seed=5,
             steps=steps,
             guidance_scale=4.0,
-            control=engine.Control(engine.load_controlnet(net, sd), hint, weight),
+            control=engine.Control(outlined, hint, weight),
             customization=engine.ICO([concept]),
             progress=False,
         )

@@ -1,4 +1,4 @@
-"""What the native kernels' tests vary: instruction set, type of numbers, threads."""
+"""What the native kernels' tests vary: instruction set, type of numbers, threads; and a card that is watched."""
 
 from collections.abc import Iterator
 
@@ -7,6 +7,7 @@ import torch
 
 from engine.backends.native import DTYPES, LEVELS, Kernels, levels, native_ops
 from engine.backends.ops import Ops
+from tests.fake_cuda import Card, FakeCuda
 
 
 @pytest.fixture(params=LEVELS)
@@ -33,3 +34,12 @@ def threads(request: pytest.FixtureRequest) -> Iterator[int]:
     torch.set_num_threads(request.param)
     yield request.param
     torch.set_num_threads(before)
+
+
+@pytest.fixture
+def card() -> Iterator[Card]:
+    """A card that must not have seen races or anything else that a real one would not forgive."""
+    with FakeCuda() as card:
+        yield card
+        assert not card.races, card.races[:3]
+        assert not card.problems

@@ -3,7 +3,6 @@
 import gc
 import threading
 import weakref
-from collections.abc import Iterator
 from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
@@ -13,20 +12,15 @@ import torch
 from torch import Tensor
 
 import engine
-from tests.fake_cuda import Card, FakeCuda
+from tests.fake_cuda import Card
 from tests.pipelines import relative_error
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there"),
+    pytest.mark.usefixtures("card"),
+]
 
 _DEVICES = ("cuda:0", "cuda:1", "cuda:0")  # two Engines on one of them
-
-
-@pytest.fixture(autouse=True)
-def card() -> Iterator[Card]:
-    with FakeCuda() as card:
-        yield card
-        assert not card.races, card.races[:3]
-        assert not card.problems
 
 
 def _draw(sd: engine.Engine, seed: int, images: int = 1) -> Tensor:

@@ -1,7 +1,7 @@
 """The wiring of the GPU path, on a card that is not there: what runs where, in which order, and from which memory."""
 
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from itertools import chain
 from pathlib import Path
 from typing import Any
@@ -17,10 +17,13 @@ from engine.backends.graphs import CudaCapture, Graphs, beside, empty_cache
 from engine.backends.ops import TORCH, TRITON
 from engine.kernels.attention import attention
 from engine.train.denoising import autocast
-from tests.fake_cuda import Card, FakeCuda
+from tests.fake_cuda import Card
 from tests.pipelines import random_concept, relative_error
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there"),
+    pytest.mark.usefixtures("card"),
+]
 
 _KERNELS = {  # by op, what it launches
     "attention": ["_attention_fwd_kernel"],
@@ -34,14 +37,6 @@ _KERNELS = {  # by op, what it launches
     "layer_norm_geglu": ["_product_kernel"],
     "linear_add": ["_product_kernel"],
 }
-
-
-@pytest.fixture(autouse=True)
-def card() -> Iterator[Card]:
-    with FakeCuda() as card:
-        yield card
-        assert not card.races, card.races[:3]
-        assert not card.problems
 
 
 def _draw(sd: engine.Engine, prompt: str = "a cat", **options: Any) -> Tensor:

@@ -1,6 +1,5 @@
 """The fused products in half precision on a card that is not there: descriptors, and what is folded of weights."""
 
-from collections.abc import Iterator
 from typing import Any
 
 import pytest
@@ -11,17 +10,12 @@ import engine
 from engine.backends.graphs import CudaCapture, Graphs
 from engine.backends.ops import TORCH, TRITON
 from tests.backends.test_on_a_card import _arguments, _draw, _on
-from tests.fake_cuda import Card, FakeCuda
+from tests.fake_cuda import Card
 
-pytestmark = pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there")
-
-
-@pytest.fixture(autouse=True)
-def card() -> Iterator[Card]:
-    with FakeCuda() as card:
-        yield card
-        assert not card.races, card.races[:3]
-        assert not card.problems
+pytestmark = [
+    pytest.mark.skipif(torch.cuda.is_available(), reason="a GPU is there"),
+    pytest.mark.usefixtures("card"),
+]
 
 
 @pytest.mark.parametrize("tma", [True, False])

@@ -15,7 +15,6 @@ from typing import Any
 from PIL import Image
 from torch import Tensor
 
-from ...observe.progress import Callback
 from ...result import Result
 from ..queue import Queued
 
@@ -96,8 +95,8 @@ class Book:
         self._entries: dict[str, Entry] = {}
         self._lock = threading.Lock()
 
-    def add(self, name: str | None, digest: str, submit: Callable[[Callback], Queued]) -> Entry:
-        """The entry of that id, made by ``submit(callback)`` unless it is there: asking twice draws once.
+    def add(self, name: str | None, digest: str, submit: Callable[[Entry], Queued]) -> Entry:
+        """The entry of that id, whose job is ``submit(entry)`` unless it is there: asking twice draws once.
 
         Raises:
             ValueError: the id is there for something else.
@@ -138,8 +137,8 @@ class Book:
         self._entries = {name: entry for name, entry in self._entries.items() if name not in late}
 
 
-def _submitted(entry: Entry, submit: Callable[[Callback], Queued]) -> Entry:
-    entry.submitted = submit(entry.on_step)
+def _submitted(entry: Entry, submit: Callable[[Entry], Queued]) -> Entry:
+    entry.submitted = submit(entry)
     return entry
 
 

@@ -17,7 +17,6 @@ from starlette.requests import Request
 from ...methods.asked import take_asked
 from ...methods.asked_pictures import AskedControl, AskedImagePrompt, read_asked
 from ...models.tiny_vae import DecoderTiny
-from ...observe.progress import Callback
 from ...result import Result
 from ..fleet import Fleet
 from ..nets import Nets
@@ -26,7 +25,7 @@ from ..scheduler import Scheduler
 from .book import Book, Entry, failure
 from .decode import MaskReader, as_it_is, decoded
 from .hints import fit_hints
-from .outside import Covering, Finish, keep_outside
+from .outside import Covering, keep_outside
 from .previews import Previews
 from .shelf import Shelf
 
@@ -141,9 +140,9 @@ class Service:
         """
         nets = [dict(one) for one in control], [dict(one) for one in image_prompts]
         decides = json.dumps([prompt, dict(given), image, mask, *nets], sort_keys=True)
-        digest, finish = hashlib.sha256(decides.encode()).hexdigest(), list[Finish]()
+        digest = hashlib.sha256(decides.encode()).hexdigest()
 
-        def submit(on_step: Callback) -> Queued:
+        def submit(entry: Entry) -> Queued:
             values = dict(given)
             asked = take_asked(values)
             n_images = self._check_limits(prompt, values)
@@ -158,16 +157,14 @@ class Service:
             if resize_modes:
                 values["control"] = fit_hints(self.sd.limits, prompt, values, resize_modes)
             if covering is not None and masks and values.get("mask_padding") is None:
-                finish.append(keep_outside(pictures[0], masks[0], values.get("mask_blur", 0.0), covering))
+                entry.finish = keep_outside(pictures[0], masks[0], values.get("mask_blur", 0.0), covering)
             custom = asked.make(self.shelf.load)
-            watched = {"callback": on_step, "callback_latents": "clean"}
+            watched = {"callback": entry.on_step, "callback_latents": "clean"}
             return self.scheduler.submit(
                 prompt, client=client, deadline=deadline, customization=custom, **watched, **values
             )
 
-        entry = await asyncio.to_thread(self.book.add, request_id, digest, submit)
-        entry.finish = finish[0] if finish else entry.finish
-        return entry
+        return await asyncio.to_thread(self.book.add, request_id, digest, submit)
 
     async def result(self, request: Request, entry: Entry) -> Result:
         """Wait for a job; if its client goes away, it is cancelled.
