@@ -1,4 +1,4 @@
-"""What following costs: FLOPs counted at full size, no map in memory, concepts that switch at once."""
+"""What following costs: FLOPs counted at full size, no map in memory, concepts that switch at once; what is not shared."""
 
 import statistics
 import time
@@ -166,3 +166,13 @@ def test_concepts_switch_at_once(small: engine.Engine, monkeypatch: pytest.Monke
         seconds.append(time.perf_counter() - start)
     assert statistics.median(seconds) < 1e-3
     assert psutil.Process().memory_info().rss - resident_bytes < 4e6
+
+
+def test_images_that_differ_in_the_negative_prompt_alone_share_no_trajectory(small: engine.Engine) -> None:
+    negatives = ["", "a dog"]
+    options = {"seed": [1, 1], "steps": 2, "output": "latent", "progress": False}
+    both = small.generate(["a cat"] * 2, negative_prompt=negatives, **options).latents
+    assert not torch.equal(both[0], both[1])
+    for i, negative in enumerate(negatives):
+        alone = small.generate("a cat", negative_prompt=negative, **options | {"seed": 1}).latents[0]
+        assert torch.allclose(both[i], alone, atol=1e-5)
