@@ -1,4 +1,4 @@
-"""What following costs: FLOPs counted at full size, no map in memory, concepts that switch at once; what is not shared."""
+"""What following costs (FLOPs at full size, no map in memory, concepts that switch at once), and what is not shared."""
 
 import statistics
 import time
