@@ -51,6 +51,23 @@ def test_inpainting(small: engine.Engine, http: httpx.Client) -> None:
     assert not np.array_equal(np.asarray(expected), pixels)
 
 
+@pytest.mark.parametrize("other", ["image", "mask", "strength"])
+def test_a_request_id_holds_for_picture_mask_and_options(http: httpx.Client, other: str) -> None:
+    pixels, mask = _inpainted()
+    body = {
+        "prompt": PROMPT,
+        "image": _sent(pixels),
+        "mask": _sent(mask),
+        "strength": 0.5,
+        "request_id": other,
+        **QUICK,
+    }
+    first = http.post("/v1/generate", json=body).json()
+    assert http.post("/v1/generate", json=body).json() == first
+    changed = {"image": _sent(255 - pixels), "mask": _sent(255 - mask), "strength": 0.6}[other]
+    assert "request_id must be another" in http.post("/v1/generate", json=body | {other: changed}).json()["detail"]
+
+
 def test_pictures_that_are_pasted_into_have_a_limit(small: engine.Engine, tmp_path: Path) -> None:
     pixels, mask = _inpainted()
     body = {"prompt": PROMPT, "image": _sent(pixels), "mask": _sent(mask), "height": 16, "width": 16, **QUICK}
